@@ -1,0 +1,511 @@
+"""Data: label tables, folder data sets, the built-in procedural `shapes`, augmentation and sample order.
+
+    image   PIL RGB, upright, or (3, H, W) uint8        labels  (H, W) uint8 train ids in [0, N), 255 = ignore
+
+One table maps raw mask values to train ids to names; a raw value outside it is an error, never a guess.
+Every random draw is keyed: a scene by (seed, split, index), the order of an epoch by (seed, epoch), an
+augmentation by (seed, epoch, index). Workers, ranks and resuming can therefore not change a sample.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+IGNORE = 255
+SPLITS = ("training", "validation", "test")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+EXAMPLE = "images/<split>/, annotations/<split>/ and dataset.toml with the line: classes = ['sky', 'road']"
+
+
+class DataError(Exception):
+    exit_code = 3
+    """A problem with the user's data; the message is one line: given, expected, fix."""
+
+    def __str__(self) -> str:
+        # A DataLoader worker's error returns with its traceback in front; the message is the last line.
+        return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.DataError: ")
+
+
+# ---- label tables --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """Raw mask value -> train id -> class name."""
+
+    classes: tuple[str, ...]  # names in train-id order
+    ids: tuple[int, ...]  # raw value of each class, 0..65535
+    ignore: tuple[int, ...]  # raw values that become 255
+
+    @cached_property
+    def lookup(self) -> np.ndarray:
+        """Train id by raw value, (M,) int16, -1 = unknown; the last entry stands for all values beyond."""
+        lookup = np.full(max(*self.ids, *self.ignore, 255) + 2, -1, np.int16)
+        lookup[list(self.ids)] = np.arange(len(self.ids))
+        lookup[list(self.ignore)] = IGNORE
+        return lookup
+
+    def to_train(self, raw: np.ndarray, where: str) -> np.ndarray:
+        """(H, W) raw integers -> (H, W) uint8 train ids; DataError names `where` and the unknown value."""
+        last = len(self.lookup) - 1
+        labels = self.lookup[raw if raw.dtype == np.uint8 else np.where((raw < 0) | (raw > last), last, raw)]
+        if labels.min() < 0:
+            raise DataError(
+                f"{where}: raw value {raw[labels < 0][0]} is in neither ids nor ignore; expected "
+                f"ids in {min(self.ids)}..{max(self.ids)}; add it to one list in dataset.toml"
+            )
+        return labels.astype(np.uint8)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'shapes'?" for the closest known word, or nothing."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _values(given: dict, key: str, kind: type, default: list) -> tuple:
+    """Read a list of different integers or names; ValueError otherwise."""
+    values = given.get(key, default)
+    good = isinstance(values, list) and all(type(value) is kind for value in values)
+    if not good or len(set(values)) < len(values):
+        raise ValueError(f"{key} must be a list of different {kind.__name__} values, not {values!r}")
+    return tuple(values)
+
+
+def _parse_toml(text: str) -> tuple[str | None, LabelTable, dict[str, str]]:
+    """Return name, label table and the folder name of each split; ValueError says what is wrong."""
+    given, known = tomllib.loads(text), ("name", "classes", "ids", "ignore", "splits")
+    for key in given:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; expected {', '.join(known)}{nearest(key, known)}")
+    name, classes = given.get("name"), _values(given, "classes", str, [])
+    ids, ignore = _values(given, "ids", int, [*range(len(classes))]), _values(given, "ignore", int, [])
+    splits = _values(given, "splits", str, [*SPLITS])
+    if not 1 <= len(classes) <= IGNORE:
+        raise ValueError(f"classes has {len(classes)} names; expected 1 to 255, since train id 255 is void")
+    if len(ids) != len(classes) or not all(0 <= value < 65536 for value in ids + ignore):
+        raise ValueError(f"{len(ids)} ids for {len(classes)} classes; expected one each, all within 0..65535")
+    if set(ids) & set(ignore):
+        raise ValueError(f"raw values {sorted(set(ids) & set(ignore))} are in both ids and ignore; keep one")
+    if len(splits) != 3 or not isinstance(name, str | None):
+        raise ValueError(f"name must be a string, and splits the three folders of {', '.join(SPLITS)}")
+    return name, LabelTable(classes, ids, ignore), dict(zip(SPLITS, splits, strict=True))
+
+
+# ---- folders of images and annotations -----------------------------------------------------------
+
+
+def _load(path: Path) -> Image.Image:
+    """Decode a whole image file, turned upright as its EXIF orientation says."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise a dozen kinds; each means this file
+        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read any image as upright RGB; DataError names a file that cannot be read."""
+    image = _load(path)
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Read a mask's raw values as (H, W) integers; a palette image gives its indices."""
+    if path.suffix.lower() in (".jpg", ".jpeg"):
+        raise DataError(f"{path}: a mask saved as JPEG, which changes its values; save masks as PNG")
+    image = _load(path)
+    if image.mode[0] not in "1LPI" or image.mode in ("LA", "La", "PA", "LAB"):
+        raise DataError(
+            f"{path}: a mask saved as {image.mode}; expected one value per pixel; save it as "
+            "8-bit grey or palette PNG"
+        )
+    return np.array(image, np.int32 if image.mode.startswith("I") else np.uint8)
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Image files below a folder by relative path without suffix, in natural order, hidden files skipped."""
+
+    def natural(path: Path) -> tuple:  # a2 before a10
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))], path
+
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*"), key=natural):
+        name = path.relative_to(folder)
+        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.parts):
+            continue
+        other = found.setdefault(name.with_suffix("").as_posix(), path)
+        if other != path:
+            raise DataError(f"{path}: has the same stem as {other.name}; keep one of them")
+    return found
+
+
+class Folder:
+    """images/<split>/ and annotations/<split>/ with equal stems, and dataset.toml; raises DataError."""
+
+    augment = True
+
+    def __init__(self, root: Path, split: str, strict: bool = True):
+        self.split = split
+        toml = Path(root) / "dataset.toml"
+        if not toml.is_file():
+            raise DataError(f"{root}: has no dataset.toml; expected a folder with {EXAMPLE}")
+        try:
+            name, self.labels, folders = _parse_toml(toml.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{toml}: {error}") from None
+        self.name = name or toml.parent.resolve().name
+        dirs = [toml.parent / kind / folders[split] for kind in ("images", "annotations")]
+        for folder in dirs:
+            if not folder.is_dir():
+                raise DataError(f"{folder}: no such folder; make it, or name the folders by splits in {toml}")
+        images, masks = map(_by_stem, dirs)
+        self.pairs = [(images[stem], masks[stem]) for stem in images if stem in masks]
+        self.unpaired = _alone(images, masks, "annotation", dirs[1]) + _alone(masks, images, "image", dirs[0])
+        if not images:
+            raise DataError(f"{dirs[0]}: holds no image; expected files such as a.jpg with {dirs[1]}/a.png")
+        if strict and len(self.pairs) < len(images):
+            raise DataError(self.unpaired[0])
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        image, raw, where = self.read(index)
+        return image, self.labels.to_train(raw, where)
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray, str]:
+        """Read the image, its raw mask (H, W), which must have its size, and the mask's path."""
+        image, raw = read_image(self.pairs[index][0]), read_mask(self.pairs[index][1])
+        if image.size != raw.shape[::-1]:
+            sizes = "its mask is {1} x {0}, the image {2} x {3} pixels".format(*raw.shape, *image.size)
+            raise DataError(f"{self.where(index)}: {sizes}; expected equal sizes; export the mask again")
+        return image, raw, str(self.pairs[index][1])
+
+    def where(self, index: int) -> str:
+        """Path of the image."""
+        return str(self.pairs[index][0])
+
+
+def _alone(files: dict[str, Path], others: dict[str, Path], kind: str, folder: Path) -> list[str]:
+    """Describe files without a partner in at most one line."""
+    alone = [path for stem, path in files.items() if stem not in others]
+    return [
+        f"{path}: no {kind} with the same stem in {folder}; {len(alone)} of {len(files)} files have none"
+        for path in alone[:1]
+    ]
+
+
+# ---- the built-in set: procedural scenes ---------------------------------------------------------
+# Array arithmetic is + - * / sqrt, floor and comparisons only: IEEE 754 makes these equal on every machine.
+
+SIDE = 96
+Y, X = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+
+
+def _wave(x: np.ndarray) -> np.ndarray:
+    """Triangle wave of period 1 in [0, 1], 1 at the integers."""
+    return 2 * abs(x - np.floor(x) - 0.5)
+
+
+def _norm(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.sqrt(x * x + y * y)
+
+
+def _mortar(u: np.ndarray, v: np.ndarray, p: float) -> np.ndarray:
+    """Lines between bricks that are one period wide and half a period high."""
+    x, y = u + 0.5 * (np.floor(2 * v) % 2), 2 * v
+    return 1.6 - np.minimum(1 - _wave(x), (1 - _wave(y)) / 2) * p / 2
+
+
+def _sides(u: np.ndarray, v: np.ndarray, n: int) -> np.ndarray:
+    """Distances to the n sides of a regular polygon about 0, ascending: (n, H, W)."""
+    angles = 2 * np.pi * np.arange(n) / n
+    normals = np.float32(np.stack([np.sin(angles), np.cos(angles)], axis=1).round(6))
+    return np.sort([x * u + y * v for x, y in normals], axis=0)
+
+
+# Ground: share of the second colour (clipped to [0, 1]) at (u, v), in periods of p pixels.
+GROUND = {
+    "plain": lambda u, v, p, rng: 0 * u,
+    "grain": lambda u, v, p, rng: rng.random((SIDE // 2, SIDE // 2), np.float32).repeat(2, 0).repeat(2, 1),
+    "stripes": lambda u, v, p, rng: (_wave(u) - 0.5) * p / 2 + 0.5,
+    "zigzag": lambda u, v, p, rng: (_wave(u + 0.7 * _wave(v / 2)) - 0.5) * p / 2.5 + 0.5,
+    "checker": lambda u, v, p, rng: (_wave(0.7 * u) - 0.5) * (_wave(0.7 * v) - 0.5) * 2 * p + 0.5,
+    "dots": lambda u, v, p, rng: (0.31 - _norm(u - np.floor(u) - 0.5, v - np.floor(v) - 0.5)) * p + 0.5,
+    "bricks": lambda u, v, p, rng: _mortar(0.7 * u, 0.7 * v, p / 0.7),
+}
+# Things: signed distance in radii, negative inside, v pointing down.
+THINGS = {
+    "disc": lambda u, v: _norm(u, v) - 0.85,
+    "triangle": lambda u, v: _sides(u, v, 3)[-1] - 0.6,
+    "star": lambda u, v: _sides(u, -v, 5)[-2] - 0.4,  # a point of a star is outside of one side at most
+    "ring": lambda u, v: abs(_norm(u, v) - 0.75) - 0.25,
+    "cross": lambda u, v: np.maximum(np.minimum(abs(u), abs(v)) - 0.3, np.maximum(abs(u), abs(v)) - 1),
+    "heart": lambda u, v: np.minimum(
+        (abs(u) + abs(v - 0.05)) * 0.7071 - 0.6364, _norm(abs(u) - 0.45, v + 0.4) - 0.6364
+    ),
+    "crescent": lambda u, v: np.maximum(_norm(u, v) - 1.05, 0.85 - _norm(u - 0.6, v)),
+}
+HUES = ("red", "amber", "lime", "green", "cyan", "blue", "violet", "pink")
+
+
+def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+    """HSV in [0, 1] -> (3, 1, 1) RGB in [0, 1]."""
+    pure = np.clip(abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+    return (value * (1 - saturation * (1 - pure))).astype(np.float32)[:, None, None]
+
+
+def _label(kind: int, hue: float) -> int:
+    """Fine label: the class and which eighth of the colour circle."""
+    return kind * len(HUES) + int(hue * len(HUES) + 0.5) % len(HUES)
+
+
+def _turned(rng: np.random.Generator, limit: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel coordinates about a random point, turned by at most 2 atan(limit)."""
+    t, (cx, cy) = rng.uniform(-limit, limit), np.float32(rng.uniform(10, SIDE - 10, 2))
+    cos, sin = np.float32((1 - t * t) / (1 + t * t)), np.float32(2 * t / (1 + t * t))
+    return cos * (X - cx) + sin * (Y - cy), cos * (Y - cy) - sin * (X - cx)
+
+
+def _voronoi(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted squared distance to, and number of, the nearest of `count` random points."""
+    x, y = np.float32(rng.uniform(0, SIDE, (2, count, 1, 1)))
+    distance = ((X - x) ** 2 + (Y - y) ** 2) * np.float32(rng.uniform(0.7, 1.4, (count, 1, 1)))
+    return distance.min(0), distance.argmin(0)
+
+
+def _ground(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two or three textured regions: canvas (3, H, W) in [0, 1] and fine labels (H, W)."""
+    canvas, labels = np.zeros((3, SIDE, SIDE), np.float32), np.zeros((SIDE, SIDE), np.uint8)
+    kinds = rng.permutation(len(GROUND))[: rng.integers(2, 4)]
+    region = _voronoi(rng, len(kinds))[1]
+    for number, kind in enumerate(kinds):
+        hue, values = rng.random(), rng.permuted([rng.uniform(0.25, 0.5), rng.uniform(0.65, 0.95)])
+        first = _rgb(hue, rng.uniform(0.3, 0.7), values[0])
+        second = _rgb(hue + rng.uniform(-0.06, 0.06), rng.uniform(0.2, 0.6), values[1])
+        period, (u, v) = np.float32(rng.uniform(7, 11)), _turned(rng, 1)
+        share = np.clip([*GROUND.values()][kind](u / period, v / period, period, rng), 0, 1)
+        canvas = np.where(region == number, first + (second - first) * share, canvas)
+        labels[region == number] = _label(kind, hue)
+    return canvas, labels
+
+
+def _litter(canvas: np.ndarray, rng: np.random.Generator) -> None:
+    """Scatter coloured specks that keep the label of their ground."""
+    count = rng.integers(6, 14)
+    distance, number = _voronoi(rng, count)
+    hsv = rng.uniform((0, 0.3, 0.3), (1, 0.9, 1), (count, 3))
+    colours = np.stack([_rgb(*row)[:, 0, 0] for row in hsv], axis=1)
+    radii = np.float32(rng.uniform(1, 2.8, count))
+    canvas += np.clip(radii[number] + 0.5 - np.sqrt(distance), 0, 1) * (colours[:, number] - canvas)
+
+
+def _thing(canvas: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
+    """Paint one object with a shadow and a bevelled edge over what is there."""
+    kind, radius = rng.integers(len(THINGS)), np.float32(rng.uniform(13, 25))
+    hue = (kind + rng.uniform(-2, 2)) / len(THINGS) % 1  # a weak hint, as in nature
+    u, v = (c / radius for c in _turned(rng, 0.15))
+    distance = [*THINGS.values()][kind](u, v) * radius  # in pixels, so clip(0.5 - distance) is antialiased
+    canvas[:, 3:, 2:] *= 1 - 0.5 * np.clip(0.5 - distance[:-3, :-2] / 5, 0, 1)
+    shade = np.clip(0.7 - distance / 12, 0.7, 1) - 0.15 * (u + v)
+    colour = _rgb(hue, rng.uniform(0.5, 0.95), rng.uniform(0.7, 1)) * shade
+    canvas += np.clip(0.5 - distance, 0, 1) * (colour - canvas)
+    labels[distance < 0] = _label(len(GROUND) + kind, hue)
+
+
+def scene(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """Draw ground, specks and three or four things -> RGB 96 x 96 and fine labels: class * 8 + hue."""
+    canvas, labels = _ground(rng)
+    _litter(canvas, rng)
+    for _ in range(rng.integers(3, 5)):
+        _thing(canvas, labels, rng)
+
+    # The camera: light from one side, and sensor noise.
+    slope = np.float32(rng.uniform(-0.25, 0.25, 2)) / (SIDE / 2)
+    noise = rng.random((2, *canvas.shape), np.float32)
+    canvas *= 1 + (slope[0] * (X - SIDE / 2) + slope[1] * (Y - SIDE / 2))
+    canvas += (noise[0] - noise[1]) * np.float32(rng.uniform(0.04, 0.12))
+    pixels = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, 2))), labels
+
+
+class Shapes:
+    """Things on textured ground, endless and without files; classes by form and texture, not by colour."""
+
+    augment, unpaired = False, ()
+
+    def __init__(self, split: str, fine: bool = False, seed: int = 0):
+        self.name, self.split, self.fine, self.seed = "shapes-fine" if fine else "shapes", split, fine, seed
+        names = [f"{hue} {name}".strip() for name in (*GROUND, *THINGS) for hue in (HUES if fine else [""])]
+        self.labels = LabelTable(tuple(names), tuple(range(len(names))), (IGNORE,))
+
+    def __len__(self) -> int:
+        return 1_000_000 if self.split == "training" else 200
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        return self.read(index)[:2]
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray, str]:
+        """Draw a scene; its raw values are its train ids."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.where(index)}: expected an index below {len(self)}")
+        image, fine = scene(np.random.default_rng([self.seed, SPLITS.index(self.split), index]))
+        return image, fine if self.fine else fine // len(HUES), self.where(index)
+
+    def where(self, index: int) -> str:
+        """A name for the scene, such as shapes/training/123."""
+        return f"{self.name}/{self.split}/{index}"
+
+
+def open_dataset(dataset: str, split: str, root: Path | None = None, strict: bool = True) -> Folder | Shapes:
+    """Open "shapes", "shapes-fine", a folder below the data root, or a path; DataError otherwise."""
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is unknown; expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
+    if dataset in ("shapes", "shapes-fine"):
+        return Shapes(split, fine=dataset == "shapes-fine")
+    root = Path(root or os.environ.get("FLOWSEG_DATA") or "~/.cache/flowseg").expanduser()
+    named = (root / dataset / "dataset.toml").is_file()
+    folder = root / dataset if named else Path(dataset).expanduser()
+    if folder.is_dir():
+        return Folder(folder, split, strict)
+    known = ["shapes", "shapes-fine", *(path.parent.name for path in root.glob("*/dataset.toml"))]
+    raise DataError(
+        f"data set {dataset!r} not found; expected {', '.join(known)} or a folder with {EXAMPLE}"
+        f"{nearest(dataset, known)}"
+    )
+
+
+# ---- augmentation and order: mmsegmentation's standard pipeline ----------------------------------
+
+
+def augment(image: Image.Image, labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple:
+    """Random resize, crop, distortion and flip -> (PIL RGB, (size, size) uint8); padding is 127 and 255."""
+    H, W = labels.shape
+    scale = size * rng.uniform(0.5, 2.0) / min(H, W)
+    h, w = max(1, round(H * scale)), max(1, round(W * scale))
+    rows, columns = ((np.arange(n) + 0.5) * (N / n) for n, N in ((h, H), (w, W)))
+    rows, columns = rows.astype(np.intp)[:, None], columns.astype(np.intp)
+
+    # The window is chosen on labels alone, and only its part of the image is ever resized.
+    for _ in range(10):
+        top, left = rng.integers(max(h - size, 0) + 1), rng.integers(max(w - size, 0) + 1)
+        window = labels[rows[top : top + size], columns[left : left + size]]
+        counts = np.bincount(window.ravel(), minlength=256)[:IGNORE]
+        if 0 < counts.max() <= 0.75 * counts.sum():
+            break
+    bottom, right = top + window.shape[0], left + window.shape[1]
+    box = (left * W / w, top * H / h, right * W / w, bottom * H / h)
+    image = distort(image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, box), rng)
+
+    if rng.random() < 0.5:
+        image, window = ImageOps.mirror(image), window[:, ::-1]
+    canvas, padded = Image.new("RGB", (size, size), (127,) * 3), np.full((size, size), IGNORE, np.uint8)
+    canvas.paste(image)
+    padded[: window.shape[0], : window.shape[1]] = window
+    return canvas, padded
+
+
+def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Brightness +-32, contrast and saturation 0.5-1.5, hue +-18 of 180, each half of the time."""
+
+    def maybe(low: float, high: float, neutral: float) -> float:
+        return rng.uniform(low, high) if rng.random() < 0.5 else neutral
+
+    brightness, contrast, early = maybe(-32, 32, 0), maybe(0.5, 1.5, 1), rng.random() < 0.5
+    saturation, hue = maybe(0.5, 1.5, 1), maybe(-18, 18, 0) * 256 / 180
+    ramp = np.arange(256.0)
+    tone = np.clip(ramp + brightness, 0, 255) * (contrast if early else 1)
+    image = image.point(3 * _bytes(tone))
+    if saturation != 1 or hue != 0:
+        bands = _bytes((ramp + hue) % 256) + _bytes(ramp * saturation) + _bytes(ramp)
+        image = image.convert("HSV").point(bands).convert("RGB")
+    return image if early else image.point(3 * _bytes(ramp * contrast))
+
+
+def _bytes(curve: np.ndarray) -> list[int]:
+    return np.clip(curve, 0, 255).astype(int).tolist()
+
+
+class Stream:
+    """Endless training samples by global position: the same (seed, position) is the same sample, anywhere."""
+
+    def __init__(self, dataset: Folder | Shapes, size: int, seed: int):
+        self.dataset, self.size, self.seed = dataset, size, seed
+        self.epoch, self.order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return image (3, size, size) uint8, labels (size, size) uint8, index; DataError names the file."""
+        epoch, offset = divmod(int(position), len(self.dataset))
+        if epoch != self.epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.dataset))
+            self.epoch, self.order = epoch, order
+        index = int(self.order[offset])
+        image, labels = self.dataset[index]
+        if self.dataset.augment:
+            rng = np.random.default_rng([self.seed, epoch, index])
+            image, labels = augment(image, labels, self.size, rng)
+        elif image.size != (self.size, self.size):
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
+            labels = ImageOps.fit(Image.fromarray(labels), (self.size, self.size), Image.Resampling.NEAREST)
+        return np.ascontiguousarray(np.moveaxis(np.asarray(image), 2, 0)), np.array(labels), index
+
+
+# ---- a look at a whole data set ------------------------------------------------------------------
+
+
+@dataclass
+class Scan:
+    """What `problems` found."""
+
+    count: int  # samples looked at
+    histogram: np.ndarray  # (N,) int64 pixels by train id
+    ignored: int  # pixels labelled 255
+    problems: list[str]  # one line each: first file, what, how many, fix
+
+
+def problems(dataset: Folder | Shapes, limit: int | None = None) -> Scan:
+    """Read up to `limit` evenly spaced samples (all by default) and report every kind of problem once."""
+    total = len(dataset)
+    indices = np.unique(np.linspace(0, total - 1, min(total, limit or total)).astype(int))
+    pixels: Counter[int] = Counter()
+    errors: dict[str, list[str]] = {}
+    for index in indices:
+        try:
+            _, raw, where = dataset.read(int(index))
+            pixels.update(dict(zip(*(a.tolist() for a in np.unique(raw, return_counts=True)), strict=True)))
+            dataset.labels.to_train(raw, where)
+        except DataError as error:  # one kind: the words after the file's name, up to a number or a bracket
+            errors.setdefault(re.split(r"[\d(]", str(error).partition(": ")[2])[0], []).append(str(error))
+    found = [first + f" (and {len(more)} more such files)" * bool(more) for first, *more in errors.values()]
+    histogram = np.array([pixels[value] for value in dataset.labels.ids], np.int64)
+    ignored = sum(pixels[value] for value in dataset.labels.ignore)
+    found = [*dataset.unpaired, *_hints(set(pixels), dataset.labels), *found]
+    return Scan(len(indices), histogram, ignored, found)
+
+
+def _hints(values: set[int], table: LabelTable) -> list[str]:
+    """Recognise the usual wrong tables from the raw values that occur, and spell out the fix."""
+    N, unknown = len(table.classes), values.difference(table.ids, table.ignore)
+    if values == {0, 255} and 255 not in table.ids:
+        return ["only the values 0 and 255 occur, an on/off mask; write ids = [0, 255] for its two classes"]
+    if table.ids == (*range(N),) and N in unknown and max(values - {IGNORE}, default=0) == N:
+        zero = ", and ignore = [0] if 0 means unlabelled" if 0 in values else ""
+        return [f"ids start at 1: values run to {N} for {N} classes; write ids = {[*range(1, N + 1)]}{zero}"]
+    if len(unknown) > 8:
+        return [
+            f"{len(unknown)} stray values, as after JPEG or a smooth resize; save masks as PNG and "
+            "resize by nearest neighbour, or list all classes"
+        ]
+    return ["255 occurs, which usually means unlabelled; then write ignore = [255]"] if 255 in unknown else []

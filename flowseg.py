@@ -1,0 +1,357 @@
+"""The `flowseg` command: train, eval, segment, info.
+
+Results go to stdout, progress and logs to stderr. Exit codes: 0 ok, 1 some inputs failed, 2 usage, 3 data,
+4 download, 5 checkpoint, 130 and 143 signals. An error is one line; --debug adds the traceback. What needs
+PyTorch is imported inside the command that needs it, so that --help is instant.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer import Argument, Option
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+NEWEST = "the newest run under runs/ if not given"
+Dataset = Annotated[str | None, Option(help="shapes (built in), a name under the data root, or a folder.")]
+Root = Annotated[Path | None, Option(help="Data root; else $FLOWSEG_DATA, else ~/.cache/flowseg.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Steps = Annotated[int | None, Option(min=1, help="Euler steps; what the weights were made for if not given.")]
+Size = Annotated[
+    int | None, Option(min=8, help="Short side images are resized to; the training size if not given.")
+]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress: results and errors only.")]
+
+
+class UsageError(Exception):
+    """A command that cannot be carried out as typed; one line: given, expected, fix."""
+
+    exit_code = 2
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            out.print(f"flowseg {version('flowseg')}")
+        except PackageNotFoundError:
+            out.print("flowseg, not installed")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Semantic segmentation as a flow from the photo to a mask painted in category centroids."""
+
+
+@app.command()
+def train(
+    dataset: Dataset = None,
+    root: Root = None,
+    preset: Annotated[str | None, Option(help="Network: tiny (default), small, base, large or xl.")] = None,
+    objective: Annotated[str | None, Option(help="reshaped (default) or vanilla flow matching.")] = None,
+    max_steps: Annotated[int | None, Option(min=1, help="Optimizer steps.")] = None,
+    save_every: Annotated[int | None, Option(min=1, help="Steps between saved states.")] = None,
+    eval_every: Annotated[int | None, Option(min=1, help="Steps between validations.")] = None,
+    batch: Annotated[int | None, Option(min=1, help="Images per optimizer step.")] = None,
+    size: Annotated[int | None, Option(min=8, help="Side of the training crop.")] = None,
+    lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
+    init: Annotated[Path | None, Option(help="Weights to start from.")] = None,
+    out_dir: Annotated[
+        Path | None, Option("--out", help="Run directory; runs/DATASET-PRESET if not given.")
+    ] = None,
+    seed: Annotated[int | None, Option(help="Seed of weights, order, augmentation and noise.")] = None,
+    workers: Annotated[int | None, Option(min=0, help="Processes that load images.")] = None,
+    device: Device = "auto",
+    settings: Annotated[
+        list[str] | None,
+        Option("--set", metavar="FIELD=VALUE", help="Any other field of the config: eps=1e-3."),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train, or continue a run: the same command goes on where it stopped."""
+    given = {
+        key: value for key, value in locals().items() if key not in ("out_dir", "device", "settings", "quiet")
+    }
+    given = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in given.items()
+        if value is not None
+    }
+    import train as training
+
+    config, model_config = training.resolve(given, settings or [])
+    folder = out_dir or Path("runs") / f"{Path(config.dataset).resolve().name}-{config.preset}"
+    console = Console(stderr=True, quiet=quiet)
+    code = training.train(config, model_config, folder, training.pick_device(device), console)
+    if code:
+        err.print(f"stopped; the state is saved in {folder}: the same command continues", style="yellow")
+        raise typer.Exit(code)
+    best = folder / "best.safetensors"
+    scores = _load(best).metadata
+    out.print(
+        f"validation mIoU {scores['mIoU']:.1%} at step {scores['step']}: {best}, {folder / 'preview.png'}"
+    )
+    out.print(f"next: flowseg segment photo.jpg -o mask.png --checkpoint {best}")
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[Path | None, Argument(help=f"Weights or run directory; {NEWEST}.")] = None,
+    dataset: Dataset = None,
+    root: Root = None,
+    split: Annotated[str, Option(help="training, validation or test.")] = "validation",
+    steps: Steps = None,
+    size: Size = None,
+    device: Device = "auto",
+    json_file: Annotated[Path | None, Option("--json", help="Also write the scores to this file.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
+    from rich.progress import track
+
+    from data import open_dataset
+    from train import evaluate
+
+    model = _load(checkpoint, device)
+    known = model.metadata["classes"]
+    data = open_dataset(dataset or model.metadata["dataset"], split, root)
+    if list(data.labels.classes) != known:
+        raise UsageError(
+            f"{data.name} has {len(data.labels.classes)} classes, not the {len(known)} that the weights know "
+            f"({', '.join(known[:3])}, ..); pass the data they were trained on with --dataset"
+        )
+    console = Console(stderr=True, quiet=quiet or not err.is_terminal)
+    progress = partial(track, description="evaluating", console=console, transient=True)
+    size, steps = size or model.metadata["size"], steps or model.config.steps
+    metrics, protocol = evaluate(model, data, size, steps, progress)
+    classes = [
+        {"name": name, "IoU": None if iou != iou else float(iou), "pixels": int(pixels)}
+        for name, iou, pixels in zip(known, metrics.iou, metrics.confusion.sum(1), strict=True)
+    ]
+    if json_file:
+        _write_json(json_file, {**metrics.scores, "classes": classes, "protocol": protocol})
+    rows = [
+        (c["name"], "absent" if c["IoU"] is None else f"{c['IoU']:.1%}", f"{c['pixels']:,}") for c in classes
+    ]
+    _print_table(("class", "IoU", "labelled pixels"), rows)
+    out.print("  ".join(f"{name} {value:.2%}" for name, value in metrics.scores.items()), style="bold")
+    out.print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+
+
+@app.command()
+def segment(
+    paths: Annotated[list[str], Argument(help="Photos, folders or globs.")],
+    output: Annotated[Path, Option("--output", "-o", help="Mask (.png) of one photo, or a folder for many.")],
+    checkpoint: Annotated[Path | None, Option(help=f"Weights or run directory; {NEWEST}.")] = None,
+    steps: Steps = None,
+    size: Size = None,
+    overlay: Annotated[
+        bool, Option("--overlay", help="Also draw the mask over the photo, with a legend.")
+    ] = False,
+    confidence: Annotated[
+        bool, Option("--confidence", help="Also write the class's probability, 0..255.")
+    ] = False,
+    trajectory: Annotated[
+        bool, Option("--trajectory", help="Also draw the flow from photo to mask.")
+    ] = False,
+    force: Annotated[bool, Option("--force", help="Overwrite outputs that exist.")] = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Segment photos: a PNG of train ids, the size of the upright photo, coloured by the class centroids."""
+    from picture import PictureError, find_photos
+
+    photos = find_photos(paths)
+    single = len(photos) == 1 and output.suffix.lower() == ".png"
+    if output.suffix and not single:
+        raise UsageError(
+            f"-o {output} for {len(photos)} photos; expected one .png for one photo, or a folder"
+        )
+    model = _load(checkpoint, device)
+    wanted = {"overlay": overlay, "confidence": confidence, "trajectory": trajectory}
+    failed = 0
+    for path, stem in photos:
+        target = output if single else output / f"{stem}.png"
+        files = {"mask": target} | {
+            name: target.with_name(f"{target.stem}-{name}.png") for name, wish in wanted.items() if wish
+        }
+        try:
+            for file in files.values():
+                if file.exists() and (file.samefile(path) or not force):
+                    raise PictureError(
+                        f"{file} exists; choose another -o, or pass --force (never for the photo)"
+                    )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _segment_one(model, path, files, steps or model.config.steps, size or model.metadata["size"])
+        except (PictureError, OSError) as error:
+            failed += 1
+            err.print(f"error: {error}", style="red", markup=False)
+        else:
+            out.print(f"{path} -> {target}", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _segment_one(model, path: Path, files: dict[str, Path], steps: int, size: int) -> None:
+    """Write the mask of one photo and the pictures asked for beside it."""
+    import numpy as np
+    from PIL import Image
+
+    import picture
+    from train import segment_photo, to_input
+
+    photo = picture.read_photo(path)
+    labels, probability = segment_photo(model, photo, size, steps)
+    colors = picture.palette(model.centroids.cpu().numpy())
+    picture.write_mask(files["mask"], labels, colors)
+    if "overlay" in files:
+        share = np.bincount(labels.ravel(), minlength=len(colors)) / labels.size
+        entries = [(model.metadata["classes"][k], colors[k], 100 * share[k]) for k in np.flatnonzero(share)]
+        picture.save(files["overlay"], picture.with_legend(picture.overlay(photo, labels, colors), entries))
+    if "confidence" in files:
+        picture.save(files["confidence"], Image.fromarray((255 * probability).round().astype(np.uint8)))
+    if "trajectory" in files:
+        states = model.trajectory(to_input(photo, size).to(model.centroids.device), steps)
+        frames = [picture.state_image(x[0, :3].permute(1, 2, 0).cpu().numpy()) for x in states]
+        captions = [f"t = {i / steps:.2f}" for i in range(len(frames))]
+        picture.save(files["trajectory"], picture.strip(frames, captions))
+
+
+@app.command()
+def info(
+    what: Annotated[str | None, Argument(help="A data set or a checkpoint; nothing: this machine.")] = None,
+    root: Root = None,
+    limit: Annotated[
+        int | None, Option(min=1, help="Images to check per split; all of a folder if not given.")
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what is here: the machine; a data set, with every problem found; or what a checkpoint holds."""
+    if what is None:
+        facts = _machine()
+    elif what.endswith(".safetensors"):
+        model = _load(Path(what), "cpu")
+        facts = {"config": asdict(model.config), **model.metadata}
+    else:
+        facts = _describe(what, root, limit)
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    elif "splits" in facts:
+        _print_dataset(facts)
+    else:
+        for name, value in facts.items():
+            out.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", markup=False)
+    raise typer.Exit(3 if facts.get("problems") else 0)
+
+
+def _machine() -> dict:
+    import torch
+
+    from train import environment, pick_device
+
+    return environment() | {
+        "device": str(pick_device()),
+        "threads": torch.get_num_threads(),
+        "data root": str(Path(os.environ.get("FLOWSEG_DATA", "~/.cache/flowseg")).expanduser()),
+        "runs": sorted(str(path.parent) for path in Path("runs").glob("*/last.safetensors")),
+    }
+
+
+def _describe(dataset: str, root: Path | None, limit: int | None) -> dict:
+    """Label table and, per split, counts and problems of a data set; needs no PyTorch."""
+    from data import SPLITS, open_dataset, problems
+
+    facts = {"name": dataset, "classes": [], "splits": {}, "problems": []}
+    for split in SPLITS:
+        data = open_dataset(dataset, split, root, strict=False)
+        scan = problems(data, limit or (None if data.augment else 200))  # scenes are made: a sample is enough
+        table = zip(data.labels.ids, data.labels.classes, strict=True)
+        facts["classes"] = [{"id": i, "raw": raw, "name": name} for i, (raw, name) in enumerate(table)]
+        facts["ignore"] = list(data.labels.ignore)
+        facts["splits"][split] = {"images": len(data), "checked": scan.count, "ignored": int(scan.ignored),
+                                  "pixels": [int(n) for n in scan.histogram]}  # fmt: skip
+        facts["problems"] += [f"{split}: {problem}" for problem in scan.problems]
+    return facts
+
+
+def _print_dataset(facts: dict) -> None:
+    parts = facts["splits"]
+    shares = [[n / max(1, sum(part["pixels"])) for n in part["pixels"]] for part in parts.values()]
+    rows = [(c["name"], str(c["id"]), str(c["raw"]), *(f"{share[c['id']]:.2%}" for share in shares))
+            for c in facts["classes"]]  # fmt: skip
+    _print_table(("class", "id", "raw value", *parts), rows)
+    for split, part in parts.items():
+        ignored = part["ignored"] / max(1, part["ignored"] + sum(part["pixels"]))
+        out.print(
+            f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} of it ignored"
+        )
+    for problem in facts["problems"]:
+        out.print(f"problem: {problem}", style="red", markup=False)
+    out.print(f"problems: {len(facts['problems']) or 'none'}")
+
+
+def _print_table(columns: tuple, rows: list[tuple]) -> None:
+    """Names to the left, numbers to the right; as wide as it needs to be when piped."""
+    table = Table(*columns, box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def _load(checkpoint: Path | None, device: str = "auto"):
+    """The model of a checkpoint or run directory, by default of the newest run, which is then named."""
+    from model import FlowSeg
+    from train import newest_checkpoint, pick_device
+
+    if checkpoint is None or checkpoint.is_dir():
+        checkpoint = newest_checkpoint(checkpoint)
+        err.print(f"weights: {checkpoint}", markup=False)
+    return FlowSeg.load(checkpoint, pick_device(device))
+
+
+def _write_json(path: Path, value: dict) -> None:
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another file with --json") from error
+
+
+def main() -> None:
+    """Run the command line; turn an error into one line and its exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        code = getattr(error, "exit_code", 1)
+        known = hasattr(error, "exit_code")
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        text = (
+            text
+            if known
+            else f"{type(error).__name__}: {text} (this may be a bug: flowseg --debug shows where)"
+        )
+        err.print("error: " + " ".join(text.split()), style="red", markup=False)
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""FlowSeg: semantic segmentation as a flow from the photo to a mask painted in category centroids.
+
+Symbols, one meaning each (paper: arXiv 2603.19218; network: PixNerd, arXiv 2507.23268):
+    I       image, (B, 3, H, W) in [-1, 1]            y       labels, (B, H, W) in [0, N), 255 = ignore
+    mu      centroids of the N classes, (N, dims)     x1      mu[y], the encoded mask: the end of the flow
+    x0      source: I followed by zero channels       x_t     (1 - t) x0 + t x1_hat', a state on the way
+    v       velocity the network predicts             x1_hat  x_t + (1 - t) v, the end it heads for
+Time runs from t = 0 (photo) to t = 1 (mask). Everything is channels first; distances are float32.
+
+The file reads in the order of the method: encoding, potential, FlowSeg; the network is in network.py.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from network import Config, Network
+
+IGNORE = 255  # label of pixels that count neither in the loss nor in the metric
+
+
+class CheckpointError(Exception):
+    """A weights file that cannot be used; the message is one line and says what to do."""
+
+    exit_code = 5
+
+
+# ---------------------------------------------------------------- category encoding
+
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+
+
+def kronecker(num_classes: int, dims: int = 3) -> Tensor:
+    """Centroids (N, dims) in [-1, 1]: c_k = k (sqrt 2, sqrt 3, sqrt 5, ..) mod 1, min-max normalised."""
+    return _sequence(num_classes, torch.tensor(PRIMES[:dims], dtype=torch.float64).sqrt())
+
+
+def golden(num_classes: int, dims: int = 3) -> Tensor:
+    """Centroids (N, dims) with alphas g^-1, g^-2, .., g the generalised golden ratio: g^(dims+1) = g + 1."""
+    g = 2.0
+    for _ in range(64):  # fixed-point iteration, contracts by more than 2 each time
+        g = (1 + g) ** (1 / (dims + 1))
+    return _sequence(num_classes, g ** -torch.arange(1, dims + 1, dtype=torch.float64))
+
+
+def _sequence(num_classes: int, alphas: Tensor) -> Tensor:
+    c = torch.arange(1, num_classes + 1, dtype=torch.float64)[:, None] * alphas % 1
+    low, high = c.amin(0), c.amax(0)
+    return (2 * (c - low) / (high - low).clamp_min(1e-12) - 1).float()
+
+
+ENCODINGS = {"kronecker": kronecker, "golden": golden}
+
+
+# ---------------------------------------------------------------- distances, potential, decoding
+
+
+def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
+    """||x_m - mu_k||^2 for x (M, dims) -> (M, N), by direct differences: |x|^2 - 2 x.mu + |mu|^2 would cancel
+    near a centroid, exactly where 1/(d + eps) matters."""
+    d = x.new_zeros(len(x), len(centroids))
+    for i in range(x.shape[1]):
+        d += (x[:, i, None] - centroids[:, i]).square_()
+    return d
+
+
+def log_potential(d: Tensor, eps: float, transform: str) -> tuple[Tensor, Tensor]:
+    """T(d), the logit of a class at squared distance d, and its slope -dT/dd > 0."""
+    if transform == "log":
+        return -(d + eps).log(), 1 / (d + eps)
+    if transform == "linear":
+        return -d, torch.ones_like(d)
+    if transform == "sqrt":
+        return -(d + eps).sqrt(), 0.5 / (d + eps).sqrt()
+    return 1 / (d + eps), (d + eps) ** -2  # inverse
+
+
+@torch.no_grad()
+def potential_gradient(
+    x: Tensor, labels: Tensor, centroids: Tensor, eps: float, tau: float = 1.0, transform: str = "log"
+) -> tuple[Tensor, Tensor]:
+    """Phi = -log softmax_k(T(d_k) / tau)[y] and its gradient in x, in closed form.
+
+    x: (M, dims), labels: (M,) int64 in [0, N) -> phi (M,), grad (M, dims); float32, or float64 if x is.
+    With s_k = -T'(d_k):  grad Phi = (2 / tau) sum_k ([k = y] - p_k) s_k (x - mu_k): the label attracts, the
+    other classes repel. Worked off in chunks of pixels, so the extra memory does not grow with the image.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    centroids = centroids.to(x)
+    phi, grad = x.new_empty(len(x)), torch.empty_like(x)
+    chunk = max(1, 2**21 // len(centroids))
+    for i in range(0, len(x), chunk):
+        x_i, y_i = x[i : i + chunk], labels[i : i + chunk, None]
+        logits, slope = log_potential(squared_distances(x_i, centroids), eps, transform)
+        log_p = F.log_softmax(logits / tau, dim=1)
+        phi[i : i + chunk] = -log_p.gather(1, y_i)[:, 0]
+        weight = -slope * log_p.exp_()
+        weight.scatter_add_(1, y_i, slope.gather(1, y_i))  # ([k = y] - p_k) s_k
+        for j in range(x.shape[1]):
+            pull = (x_i[:, j, None] - centroids[:, j]).mul_(weight)
+            grad[i : i + chunk, j] = (2 / tau) * pull.sum(1)
+    return phi, grad
+
+
+# ---------------------------------------------------------------- FlowSeg
+
+FORMAT = "flowseg-1"
+
+
+class FlowSeg(nn.Module):
+    """The network with its centroids: training loss, sampler, decoding and file format."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.network = Network(config)
+        centroids = ENCODINGS[config.encoding](config.num_classes, config.dims)
+        self.register_buffer("centroids", centroids, persistent=False)  # (N, dims)
+        self.metadata: dict = {}  # what the file says besides the weights: class names, step, mIoU, ...
+
+    def velocity(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
+        """v_theta(x_t, t, I): x (B, dims, H, W), t (B,) in [0, 1], image (B, 3, H, W) -> as x, float32."""
+        self._check_image(image)
+        B, _, H, W = image.shape
+        p, shape = self.config.patch_size, (B, self.config.dims, H, W)
+        if H % p or W % p:
+            raise ValueError(f"image is {H} x {W}; expected multiples of the patch size {p} (`sample` pads)")
+        if x.shape != shape or t.shape != (B,):
+            raise ValueError(f"x is {tuple(x.shape)}, t {tuple(t.shape)}; expected {shape} and ({B},)")
+        return self._velocity(x, t, self.network.encode(image))
+
+    def _velocity(self, x: Tensor, t: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
+        out = self.network(x, t, features)
+        return out if self.config.prediction == "v" else (out - x) / time_left(t)
+
+    def source(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """x0 (B, dims, H, W): the image and zeros, or noise (drawn on the CPU: the same on every device)."""
+        B, C, H, W = image.shape
+        if self.config.source == "noise":
+            return torch.randn(B, self.config.dims, H, W, generator=generator).to(image)
+        return F.pad(image, (0, 0, 0, 0, 0, self.config.dims - C))
+
+    def loss(
+        self, image: Tensor, labels: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reshaped flow matching without the label leak; returns the loss and detached diagnostics.
+
+        image: (B, 3, H, W) in [-1, 1]; labels: (B, H, W) int64 in [0, N), 255 = ignore.
+
+        A state x_t = (1 - t) I + t mu[y] would hand the network the label (I is known: solve for mu[y]), and
+        sampling, which has no label, would never visit it. So no state is made from the truth. Every image is
+        used twice: at t = 0, where the state is the photo, and at a uniform t on the straight way to the end
+        that the model itself saw from there, where the sampler will be:
+
+            x1_hat' = x0 + v(x0, 0),   x_t = (1 - t) x0 + t x1_hat',   loss = (R(x0, 0) + R(x_t, t)) / 2.
+
+        The target is what carries x_t to mu[y] in the time left. R measures it in x, as the velocity needed
+        grows like 1 / (1 - t):  R = mean |x1_hat - stopgrad(mu[y] - grad Phi(x1_hat))|^2, which at t = 0 is
+        the paper's |v - stopgrad(v_gt - grad Phi)|^2. Ablations: states = "start" learns t = 0 only;
+        "truth" is the plain scheme (t uniform, the truth in x_t, error in v), which leaks.
+        """
+        self._check_image(image)
+        self._check_labels(labels, image)
+        t = torch.rand(len(image), generator=generator).to(image)
+        x0, x1 = self.source(image, generator), self.paint(labels)
+        features = self.network.encode(image)
+        if self.config.states == "truth":
+            return self._loss_at(x0.lerp(x1, 1 - time_left(t)), t, features, labels)[:2]
+        loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels)
+        if self.config.states == "start":
+            return loss, stats
+        later, stats_later, _ = self._loss_at(x0.lerp(x1_hat, 1 - time_left(t)), t, features, labels)
+        return (loss + later) / 2, {k: (stats[k] + stats_later[k]) / 2 for k in stats}
+
+    def _loss_at(
+        self, x_t: Tensor, t: Tensor, features: tuple[Tensor, Tensor], labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss and diagnostics at one state, and the detached estimate x1_hat (B, dims, H, W)."""
+        c, left = self.config, time_left(t)
+        B, _, H, W = x_t.shape
+        valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
+        count = valid.sum().clamp_min(1)
+        x1_hat = x_t + left * self._velocity(x_t, t, features)
+        pixels, y = x1_hat.detach().movedim(1, -1).flatten(0, 2), labels.where(labels != IGNORE, 0).flatten()
+        phi, grad = potential_gradient(pixels, y, self.centroids, c.eps, c.tau, c.transform)
+        phi, grad = phi.view(B, 1, H, W), grad.view(B, H, W, -1).movedim(-1, 1)  # grad: (B, dims, H, W)
+
+        error = x1_hat - self.paint(labels)  # (1 - t) (v - v_gt)
+        residual = error / left if c.states == "truth" else error
+        if c.objective == "reshaped":
+            residual = residual + (left * grad if c.annealed else grad)
+        stats = {
+            "fm": error.detach().square().mean(1, True),
+            "phi": phi,
+            "grad": grad.norm(dim=1, keepdim=True),
+        }
+        stats = {name: (value * valid).sum() / count for name, value in stats.items()}
+        return (residual.square() * valid).sum() / (count * c.dims), stats, x1_hat.detach()
+
+    def paint(self, labels: Tensor) -> Tensor:
+        """x1 = mu[y] (B, dims, H, W); ignored pixels are painted as class 0 and must be masked."""
+        return self.centroids[labels.where(labels != IGNORE, 0)].movedim(-1, 1)
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        image: Tensor,
+        steps: int | None = None,
+        velocity: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """States x (B, dims, H, W) of the Euler steps x <- x + v(x, i / S) / S, from the photo to the mask.
+
+        image: (B, 3, H, W) in [-1, 1], any size: the sides are padded to multiples of the patch.
+        velocity: a callable (x, t) that takes the network's place.
+        """
+        self._check_image(image)
+        steps = self.config.steps if steps is None else steps
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; expected at least 1")
+        H, W = image.shape[-2:]
+        p = self.config.patch_size
+        image = F.pad(image, (0, -W % p, 0, -H % p), mode="replicate")
+        if velocity is None:
+            features = self.network.encode(image)
+            velocity = lambda x, t: self._velocity(x, t, features)  # noqa: E731
+        x = self.source(image, torch.Generator().manual_seed(0))
+        yield x[..., :H, :W]
+        for i in range(steps):
+            x = x + velocity(x, torch.full((len(x),), i / steps, device=x.device)) / steps
+            yield x[..., :H, :W]
+
+    def sample(self, image: Tensor, steps: int | None = None, velocity: Callable | None = None) -> Tensor:
+        """End state x1 (B, dims, H, W) of `trajectory`: deterministic, the same image gives the same mask."""
+        *_, x = self.trajectory(image, steps, velocity)
+        return x
+
+    def segment(self, image: Tensor, steps: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """Train ids (B, H, W) int64 of images (B, 3, h, w) in [-1, 1], at `size` or the images' own."""
+        return self.decode(self.sample(image, steps), size)[0]
+
+    @torch.no_grad()
+    def soft_assignment(self, x: Tensor) -> Tensor:
+        """p_k (B, N, H, W) float32 of states x (B, dims, H, W): softmax over T(d_k) / tau, row by row."""
+        c = self.config
+        p = torch.empty(len(x), c.num_classes, *x.shape[2:], device=x.device)
+        for row in range(x.shape[2]):
+            pixels = x[:, :, row].movedim(1, -1).flatten(0, 1).float()  # (B W, dims)
+            d = squared_distances(pixels, self.centroids)  # (B W, N)
+            logits = log_potential(d, c.eps, c.transform)[0] / c.tau
+            p[:, :, row] = logits.softmax(1).unflatten(0, (len(x), -1)).movedim(-1, 1)
+        return p
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """Most probable class (B, H, W) int64 and its probability (B, H, W), at `size` or as large as x.
+
+        A state is never interpolated: between two centroids may lie a third. Probabilities are, bilinearly,
+        in bands of rows, so the memory does not grow with `size`.
+        """
+        p = self.soft_assignment(x)  # (B, N, h, w)
+        H, W = size or x.shape[2:]
+        labels = torch.empty(len(x), H, W, dtype=torch.int64, device=x.device)
+        confidence = torch.empty(len(x), H, W, device=x.device)
+        columns = torch.arange(W, device=x.device)
+        height = max(1, 2**23 // (p[:, :, 0, 0].numel() * W))  # of a band
+        for rows in torch.arange(H, device=x.device).split(height):
+            band = interpolate(interpolate(p, rows, H, dim=2), columns, W, dim=3)  # (B, N, rows, W)
+            confidence[:, rows], labels[:, rows] = band.max(1)
+        return labels, confidence
+
+    def _check_image(self, image: Tensor) -> None:
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            given = f"{tuple(image.shape)} {image.dtype}"
+            raise ValueError(f"image is {given}; expected (B, 3, H, W) float in [-1, 1]")
+
+    def _check_labels(self, labels: Tensor, image: Tensor) -> None:
+        expected = (len(image), *image.shape[2:])
+        if labels.shape != expected or labels.dtype != torch.int64:
+            given = f"{tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"labels are {given}; expected {expected} torch.int64")
+        n = self.config.num_classes
+        if labels.device.type == "cpu" and (highest := labels.where(labels != IGNORE, 0).max()) >= n:
+            raise ValueError(f"labels run to {highest}; expected 0..{n - 1} or {IGNORE}")  # elsewhere: a wait
+
+    def save(self, path: str | Path, **metadata) -> None:
+        """Write the weights atomically as safetensors; config and metadata travel as JSON strings."""
+        write_tensors(self.state_dict(), path, {"format": FORMAT, "config": asdict(self.config), **metadata})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "FlowSeg":
+        """Read what `save` wrote, in eval mode; CheckpointError says what is wrong with any other file."""
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != json.dumps(FORMAT):
+                    raise CheckpointError(
+                        f"{path} is not a FlowSeg checkpoint; pass one from `flowseg train`"
+                    )
+                metadata = {key: json.loads(value) for key, value in metadata.items()}
+                model = cls(Config(**metadata.pop("config")))
+                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} does not exist; pass a file from `flowseg train`") from error
+        except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} is damaged or from another version ({reason})") from error
+        model.metadata = metadata
+        return model.to(device).eval()
+
+
+def time_left(t: Tensor) -> Tensor:
+    """1 - t as (B, 1, 1, 1), kept off zero: a bare (B,) would broadcast along the width."""
+    return (1 - t).clamp_min(1e-3)[:, None, None, None]
+
+
+def interpolate(p: Tensor, positions: Tensor, size: int, dim: int) -> Tensor:
+    """The given positions of p stretched linearly to `size` along `dim` (pixel centres, edges repeated)."""
+    at = ((positions + 0.5) * (p.shape[dim] / size) - 0.5).clamp(0, p.shape[dim] - 1)
+    low = at.long()
+    high = (low + 1).clamp_max(p.shape[dim] - 1)
+    weight = (at - low).view([-1 if d == dim else 1 for d in range(p.ndim)])
+    return p.index_select(dim, low).lerp(p.index_select(dim, high), weight)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict) -> None:
+    """Write a safetensors file with JSON metadata beside its target, sync, rename: all of it or nothing."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary,
+                  {k: json.dumps(v) for k, v in metadata.items()})  # fmt: skip
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}") from error

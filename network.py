@@ -1,0 +1,293 @@
+"""PixNerd with an image path: the network behind FlowSeg's velocity (arXiv 2507.23268).
+
+A transformer reads the state x_t in patches of P x P; each of its tokens then writes the weights of a small
+neural field that paints the pixels of its own patch. What the image contributes does not depend on x_t or t,
+so it is computed once (`encode`) and reused by all steps of the flow.
+
+Shapes: B images, L = H/P W/P tokens of width D, P P pixels a token, width Dx inside the neural field.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines the network and the flow; stored in every checkpoint."""
+
+    num_classes: int
+    # Network: the defaults are the preset `tiny`
+    patch_size: int = 8  # P
+    hidden: int = 128  # D, width of a token
+    depth: int = 4  # transformer blocks
+    heads: int = 4
+    field_depth: int = 2  # neural-field blocks
+    field_width: int = 16  # Dx, width of a pixel inside the neural field
+    field_ratio: int = 2  # r, expansion inside a neural-field block
+    conv_width: int = 32  # channels of the convolutional image encoder; 0: the image enters as raw pixels
+    # Flow: the defaults are the method, the other values its ablations
+    dims: int = 3  # channels of the state = dimension of the centroids
+    encoding: Literal["kronecker", "golden"] = "kronecker"
+    source: Literal["image", "noise"] = "image"
+    states: Literal["own", "truth", "start"] = "own"  # where states at t > 0 come from: see `FlowSeg.loss`
+    prediction: Literal["v", "x"] = "v"  # what the network outputs: v, or x1_hat
+    objective: Literal["reshaped", "vanilla"] = "reshaped"
+    transform: Literal["log", "linear", "sqrt", "inverse"] = "log"  # T(d)
+    annealed: bool = False  # correction scaled by 1 - t
+    eps: float = 1e-2
+    tau: float = 1.0
+    steps: int = 4  # Euler steps when the caller gives none
+
+    def __post_init__(self):
+        for name, kind in get_type_hints(type(self)).items():
+            if get_args(kind) and getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(get_args(kind))}")
+        if self.num_classes < 2 or not 3 <= self.dims <= 16:
+            raise ValueError(
+                f"num_classes is {self.num_classes}, dims {self.dims}; expected 2 or more, 3..16"
+            )
+        if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
+        if self.eps <= 0 or self.tau <= 0:
+            raise ValueError(f"eps is {self.eps}, tau {self.tau}; expected positive numbers")
+        if self.hidden % (4 * self.heads):
+            raise ValueError(f"hidden is {self.hidden}; expected a multiple of 4 x {self.heads} heads")
+
+
+PRESETS: dict[str, dict] = {  # large and xl are the published PixNerd L/16 and XL/16
+    "tiny": {},
+    "small": {"hidden": 256, "depth": 6, "heads": 8, "field_width": 24},
+    "base": {"patch_size": 16, "hidden": 768, "depth": 12, "heads": 12, "field_width": 64},
+    "large": {"patch_size": 16, "hidden": 1024, "depth": 22, "heads": 16, "field_width": 64},
+    "xl": {"patch_size": 16, "hidden": 1152, "depth": 26, "heads": 16, "field_depth": 4, "field_width": 64},
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, 1e-6).to(x.dtype)
+
+
+def rotary(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (L, head_dim / 2) of the 2-D rotary embedding; positions span [0, 16] on any grid."""
+    frequency = 10000 ** -(torch.arange(0, head_dim, 4, device=device) / head_dim)
+    x = torch.linspace(0, 16, width, device=device).repeat(height)  # (L,)
+    y = torch.linspace(0, 16, height, device=device).repeat_interleave(width)  # (L,)
+    angle = torch.stack([x[:, None] * frequency, y[:, None] * frequency], dim=-1)  # (L, h/4, 2)
+    return angle.flatten(1).cos(), angle.flatten(1).sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn interleaved pairs of the last dimension: x (B, heads, L, h), cos and sin (L, h / 2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
+        self.q_norm = RMSNorm(hidden // heads)
+        self.k_norm = RMSNorm(hidden // heads)
+        self.proj = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (B, heads, L, h) each
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden: int):
+        super().__init__()
+        inner = int(2 / 3 * 4 * hidden)
+        self.w1 = nn.Linear(hidden, inner, bias=False)
+        self.w2 = nn.Linear(inner, hidden, bias=False)
+        self.w3 = nn.Linear(hidden, inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Transformer block whose norms are shifted, scaled and gated by the condition c (adaLN)."""
+
+    def __init__(self, hidden: int, heads: int):
+        super().__init__()
+        self.norm1 = RMSNorm(hidden)
+        self.attn = Attention(hidden, heads)
+        self.norm2 = RMSNorm(hidden)
+        self.mlp = SwiGLU(hidden)
+        self.modulation = nn.Linear(hidden, 6 * hidden)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(
+            6, dim=-1
+        )  # (B, 1, D)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class FieldBlock(nn.Module):
+    """Residual MLP over the pixels of a patch, whose two weight matrices the patch's token generates."""
+
+    def __init__(self, hidden: int, width: int, ratio: int):
+        super().__init__()
+        self.width, self.inner = width, ratio * width
+        self.norm = RMSNorm(width)
+        self.generator = nn.Linear(hidden, 2 * self.width * self.inner)
+
+    def forward(self, q: Tensor, s: Tensor) -> Tensor:
+        w1, w2 = self.generator(s).chunk(2, dim=-1)  # (B L, Dx r Dx)
+        w1 = F.normalize(w1.unflatten(-1, (self.width, self.inner)), dim=-2)  # unit norm along the input
+        w2 = F.normalize(w2.unflatten(-1, (self.inner, self.width)), dim=-2)
+        return q + F.silu(self.norm(q) @ w1) @ w2  # (B L, P P, Dx)
+
+
+class ConvBlock(nn.Module):
+    """Two 3 x 3 convolutions, each with group norm and SiLU."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int = 1):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class ImageEncoder(nn.Module):
+    """Convolutional pyramid with a top-down path, run once per image and reused by every step of the flow.
+
+    (B, 3, H, W) -> features of every second pixel (B, C, H/2, W/2) and of every patch (B, 4C, H/P, W/P).
+    """
+
+    def __init__(self, width: int, patch_size: int):
+        super().__init__()
+        widths = [width * min(2**i, 4) for i in range(int(math.log2(patch_size)))]  # strides 2, 4, .., P
+        self.down = nn.ModuleList(
+            ConvBlock(i, o, stride=2) for i, o in zip([3, *widths], widths, strict=False)
+        )
+        self.up = nn.ModuleList(ConvBlock(i + o, o) for i, o in zip(widths[1:], widths, strict=False))
+        self.out_channels = widths[0], widths[-1]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        skips = []
+        x = image
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        for block, skip in zip(reversed(self.up), reversed(skips[:-1]), strict=True):
+            x = block(torch.cat([F.interpolate(x, size=skip.shape[-2:], mode="bilinear"), skip], dim=1))
+        return x, skips[-1]
+
+
+def patches(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, L, C, P, P), patches in row-major order."""
+    return x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def dct(size: int, device: torch.device, frequencies: int = 8) -> Tensor:
+    """Cosine basis (P P, 64) of the pixel positions in a patch: cos(pi fx px) cos(pi fy py) / (1 + fx fy)."""
+    p = torch.linspace(0, 1, size, device=device)
+    f = torch.linspace(0, frequencies, frequencies, device=device)
+    wave = (math.pi * p[:, None] * f).cos()  # (P, 8)
+    basis = wave[None, :, :, None] * wave[:, None, None, :] / (1 + f[:, None] * f)  # (py, px, fx, fy)
+    return basis.flatten(2).flatten(0, 1)
+
+
+class Network(nn.Module):
+    """PixNerd: a transformer over patches whose tokens each write a neural field for their own pixels.
+
+    `encode` reads the image once; `forward` maps x_t and t to the velocity, given what `encode` returned.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c, p = config, config.patch_size
+        self.config = c
+        self.patch_embed = nn.Linear(c.dims * p * p, c.hidden)
+        self.time_mlp = nn.Sequential(nn.Linear(256, c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden))
+        self.no_class = nn.Parameter(torch.zeros(c.hidden))
+        self.blocks = nn.ModuleList(Block(c.hidden, c.heads) for _ in range(c.depth))
+        self.pixel_embed = nn.Linear(c.dims + 64, c.field_width)  # [x_t(i, j), DCT(i, j)]
+        self.field = nn.ModuleList(
+            FieldBlock(c.hidden, c.field_width, c.field_ratio) for _ in range(c.field_depth)
+        )
+        self.head_norm = RMSNorm(c.field_width)
+        self.head = nn.Linear(c.field_width, c.dims)
+
+        self.encoder = ImageEncoder(c.conv_width, p) if c.conv_width else None
+        pixel_channels, token_channels = self.encoder.out_channels if self.encoder else (0, 3 * p * p)
+        self.image_to_token = nn.Linear(token_channels, c.hidden, bias=False)
+        self.image_to_pixel = nn.Linear(3 + pixel_channels, c.field_width, bias=False)
+        self.apply(self._initialise)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.head.weight)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What the image adds, in every step, to tokens (B, L, D) and to pixel queries (B L, P P, Dx)."""
+        p = self.config.patch_size
+        pixels, coarse = image, patches(image, p).flatten(2)  # coarse: (B, L, channels)
+        if self.encoder:
+            fine, coarse = self.encoder(image)
+            coarse = coarse.flatten(2).transpose(1, 2)
+            pixels = torch.cat([image, F.interpolate(fine, scale_factor=2, mode="bilinear")], dim=1)
+        query = patches(pixels, p).flatten(0, 1).flatten(2).transpose(1, 2)  # (B L, P P, 3 + C)
+        position = dct(p, image.device) @ self.pixel_embed.weight[:, self.config.dims :].T
+        return self.image_to_token(coarse), self.image_to_pixel(query) + position
+
+    def time(self, t: Tensor) -> Tensor:
+        """Embedding (B, D) of t (B,) in [0, 1], in float32 also under autocast."""
+        frequency = torch.exp(-math.log(10) / 128 * torch.arange(128, device=t.device))
+        angle = t.float()[:, None] * frequency
+        with torch.autocast(t.device.type, enabled=False):
+            return self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+    def forward(self, x: Tensor, t: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
+        """x: (B, dims, H, W), t: (B,) -> (B, dims, H, W) float32."""
+        B, C, H, W = x.shape
+        p = self.config.patch_size
+        h, w = H // p, W // p
+        image_tokens, image_query = features
+        cells = patches(x, p)  # (B, L, C, P, P)
+        time = self.time(t)[:, None]  # (B, 1, D)
+
+        tokens = self.patch_embed(cells.flatten(2)) + image_tokens  # (B, L, D)
+        condition = F.silu(time[:, 0] + self.no_class)
+        cos, sin = rotary(h, w, self.config.hidden // self.config.heads, x.device)
+        for block in self.blocks:
+            tokens = block(tokens, condition, cos, sin)
+
+        s = F.silu(time + tokens).flatten(0, 1)[:, None]  # (B L, 1, D)
+        pixels = cells.flatten(0, 1).flatten(2).transpose(1, 2)  # (B L, P P, C)
+        q = F.linear(pixels, self.pixel_embed.weight[:, :C], self.pixel_embed.bias) + image_query
+        for block in self.field:
+            q = block(q, s.squeeze(1))
+        out = self.head(self.head_norm(q)).float()  # (B L, P P, C)
+        return out.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)

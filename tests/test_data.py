@@ -1,0 +1,522 @@
+"""Behaviour of data.py: tables, folders and their errors, shapes, augmentation, order, the report."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from data import (
+    HUES,
+    IGNORE,
+    SPLITS,
+    DataError,
+    Folder,
+    LabelTable,
+    Shapes,
+    Stream,
+    augment,
+    distort,
+    open_dataset,
+    problems,
+)
+
+CLASSES = "classes = ['sky', 'road', 'car']\n"
+
+
+def write(path: Path, values: np.ndarray, mode: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values)
+    (image.convert(mode) if mode else image).save(path)
+
+
+def make_folder(root: Path, masks: list[np.ndarray], toml: str = CLASSES, split: str = "training") -> Path:
+    for number, mask in enumerate(masks):
+        picture = np.random.default_rng(number).integers(0, 256, (*mask.shape[:2], 3), np.uint8)
+        write(root / "images" / split / f"a{number}.jpg", picture)
+        write(root / "annotations" / split / f"a{number}.png", mask)
+    root.mkdir(exist_ok=True)
+    (root / "dataset.toml").write_text(toml)
+    return root
+
+
+def mask_of(*values: int, dtype: type = np.uint8) -> np.ndarray:
+    """A 12 x 16 mask in which every given value occurs."""
+    return np.resize(np.array(values, dtype), (12, 16))
+
+
+def error_of(action, *args) -> str:
+    with pytest.raises(DataError) as caught:
+        action(*args)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- label tables ----
+
+
+def test_table_maps_raw_values_including_the_last_class_and_ignore():
+    table = LabelTable(("a", "b", "c"), (7, 300, 0), (255, 9))
+    raw = np.array([[7, 300, 0], [255, 9, 7]])
+    labels = table.to_train(raw, "m.png")
+    assert labels.dtype == np.uint8
+    assert labels.tolist() == [[0, 1, 2], [255, 255, 0]]
+
+
+def test_table_of_255_classes_keeps_its_last_class_apart_from_ignore():
+    table = LabelTable(tuple(map(str, range(255))), tuple(range(1, 256)), (0,))
+    assert table.to_train(np.array([[255, 1, 0]], np.uint8), "m").tolist() == [[254, 0, 255]]
+
+
+@pytest.mark.parametrize("value", [3, 254, 255, 256, 65535, 70000, -1])
+def test_table_names_file_and_unknown_value(value):
+    table = LabelTable(("a", "b", "c"), (0, 1, 2), ())
+    message = error_of(table.to_train, np.array([[0, value]], np.int32), "some/m.png")
+    assert message.startswith("some/m.png: ") and f"raw value {value} " in message
+
+
+# ---- shapes ----
+
+
+def test_shapes_depend_on_seed_split_and_index_alone():
+    forward = [Shapes("training")[i] for i in range(4)]
+    backward = [Shapes("training")[i] for i in reversed(range(4))][::-1]
+    for (a, la), (b, lb) in zip(forward, backward, strict=True):
+        assert a.tobytes() == b.tobytes() and (la == lb).all()
+    assert Shapes("training", seed=1)[0][0].tobytes() != forward[0][0].tobytes()
+
+
+def test_shapes_are_the_same_on_every_machine():
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for index in range(5):
+            image, labels = Shapes(split)[index]
+            digest.update(image.tobytes() + labels.tobytes())
+    assert digest.hexdigest()[:16] == "b4b6214e130ed4ad"
+
+
+def test_shapes_splits_share_no_scene():
+    scenes = [{Shapes(split)[i][0].tobytes() for i in range(40)} for split in SPLITS]
+    assert len(set.union(*scenes)) == 120
+
+
+def test_shapes_protocol_and_every_class_occurs():
+    shapes = Shapes("validation")
+    image, labels = shapes[199]
+    assert image.size == (96, 96) and image.mode == "RGB"
+    assert labels.shape == (96, 96) and labels.dtype == np.uint8
+    assert 12 <= len(shapes.labels.classes) == len(set(shapes.labels.classes)) <= 16
+    assert shapes.where(7) == "shapes/validation/7"
+    with pytest.raises(IndexError):
+        shapes[200]
+    scan = problems(shapes)
+    assert scan.count == 200 and scan.problems == [] and scan.ignored == 0
+    assert scan.histogram.min() > 0.01 * scan.histogram.sum()
+
+
+def test_fine_shapes_are_the_same_scenes_with_at_least_100_classes():
+    coarse, fine = Shapes("test"), Shapes("test", fine=True)
+    assert len(fine.labels.classes) >= 100
+    for index in range(5):
+        (a, labels), (b, refined) = coarse[index], fine[index]
+        assert a.tobytes() == b.tobytes() and (refined // len(HUES) == labels).all()
+        for k in np.unique(refined):
+            assert fine.labels.classes[k].endswith(coarse.labels.classes[k // len(HUES)])
+
+
+def test_colour_alone_does_not_give_the_class():
+    def pixels(split: str, count: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
+        scenes = [Shapes(split)[i] for i in range(count)]
+        rgb = np.stack([np.asarray(image) for image, _ in scenes]).astype(np.int64) * bins // 256
+        return (rgb @ [bins * bins, bins, 1]).ravel(), np.stack([labels for _, labels in scenes]).ravel()
+
+    N, bins = len(Shapes("test").labels.classes), 16
+    colour, label = pixels("training", 500, bins)
+    table = np.bincount(colour * N + label, minlength=bins**3 * N).reshape(-1, N)
+    # The best table for the mean over classes weighs every class alike, so try that one as well.
+    for weighted in (table, table / table.sum(0)):
+        colour, label = pixels("test", 100, bins)
+        confusion = np.bincount(label * N + weighted.argmax(1)[colour], minlength=N * N).reshape(N, N)
+        true = np.diag(confusion)
+        iou = true / (confusion.sum(0) + confusion.sum(1) - true)
+        assert iou.mean() < 0.40
+
+
+# ---- augmentation ----
+
+
+def coded(H: int, W: int) -> tuple[Image.Image, np.ndarray]:
+    """Quadrants of different grey, so that a pixel's grey is 60 times its label plus 30."""
+    labels = (np.arange(H)[:, None] * 2 // H * 2 + np.arange(W) * 2 // W).astype(np.uint8)
+    return Image.fromarray(labels * 60 + 30).convert("RGB"), labels
+
+
+@pytest.fixture
+def no_distortion(monkeypatch):
+    monkeypatch.setattr("data.distort", lambda image, rng: image)
+
+
+@pytest.mark.parametrize("H, W", [(96, 96), (60, 133), (171, 40), (301, 200)])
+def test_augmentation_keeps_image_and_labels_aligned(no_distortion, H, W):
+    image, labels = coded(H, W)
+    for seed in range(30):
+        a, b = augment(image, labels, 64, np.random.default_rng(seed))
+        assert a.size == (64, 64) and a.mode == "RGB" and b.shape == (64, 64) and b.dtype == np.uint8
+        grey = np.asarray(a)[..., 0].astype(int)
+        assert (grey[b == IGNORE] == 127).all()
+        # The bilinear seams between the quadrants may disagree, three pixels to either side.
+        inner = np.ones(b.shape, bool)
+        for axis in (0, 1):
+            for shift in (-3, -1, 1, 3):
+                inner &= np.roll(b, shift, axis) == b
+        assert (abs(grey - (b.astype(int) * 60 + 30)) <= 2)[inner & (b != IGNORE)].all()
+
+
+def test_a_small_scale_pads_with_ignore_and_a_large_one_does_not(no_distortion):
+    class Fixed:
+        def __init__(self, ratio):
+            self.ratio = ratio
+
+        def uniform(self, low, high):
+            return self.ratio
+
+        def integers(self, high):
+            return 0
+
+        def random(self):
+            return 0.9
+
+    image, labels = coded(100, 200)
+    small, padded = augment(image, labels, 64, Fixed(0.5))
+    assert (padded[:32] != IGNORE).all() and (padded[32:] == IGNORE).all()
+    assert (np.asarray(small)[32:] == 127).all()
+    assert (augment(image, labels, 64, Fixed(2.0))[1] != IGNORE).all()
+
+
+def test_flip_happens_half_of_the_time_and_scale_spans_its_range(no_distortion):
+    image, labels = coded(128, 128)
+    flips, halves, shares = 0, 0, []
+    for seed in range(200):
+        b = augment(image, labels, 64, np.random.default_rng(seed))[1]
+        rows = b[(b != IGNORE).any(1)]
+        columns = rows[:, (rows != IGNORE).all(0)].astype(int)
+        flips += columns[0, 0] % 2 > columns[0, -1] % 2
+        shares.append((b != IGNORE).mean())
+        halves += columns[0, 0] != columns[0, -1]
+    assert 0.35 < flips / halves < 0.65
+    assert min(shares) < 0.35 and max(shares) == 1
+
+
+def test_crops_avoid_windows_that_one_class_fills(no_distortion):
+    labels = np.zeros((400, 400), np.uint8)
+    labels[:, 300:] = 1
+    labels[:, :60] = IGNORE
+    image = Image.fromarray(labels).convert("RGB")
+    shares = []
+    for seed in range(100):
+        valid = augment(image, labels, 100, np.random.default_rng(seed))[1]
+        counts = np.bincount(valid[valid != IGNORE], minlength=2)
+        shares.append(counts.max() / counts.sum())
+    # Ten tries find a mixed window nearly always; a single random one does in less than half of the cases.
+    assert np.mean(np.array(shares) <= 0.75) > 0.8
+
+
+def test_distortion_is_random_bounded_and_keeps_the_size():
+    image = Image.new("RGB", (8, 8), (120, 90, 60))
+    colours = {distort(image, np.random.default_rng(seed)).getpixel((0, 0)) for seed in range(60)}
+    assert len(colours) > 40
+    assert (120, 90, 60) in {tuple(c) for c in colours}  # all four draws are skipped once in 16
+    image = Image.new("RGB", (1, 1), (100,) * 3)
+    grey = np.array([distort(image, np.random.default_rng(s)).getpixel((0, 0))[0] for s in range(300)])
+    assert grey.min() >= (100 - 32) * 0.5 - 2 and grey.max() <= (100 + 32) * 1.5 and np.ptp(grey) > 80
+
+
+# ---- order ----
+
+
+@pytest.fixture
+def photos(tmp_path) -> Folder:
+    masks = [mask_of(0, 1, 2, k % 3) for k in range(7)]
+    return Folder(make_folder(tmp_path / "photos", masks), "training")
+
+
+def same(a: tuple, b: tuple) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_position_gives_the_same_sample_in_any_order(photos):
+    first = Stream(photos, 24, seed=3)
+    samples = [first[p] for p in range(20)]
+    for position in (19, 0, 7, 6, 13):
+        assert same(Stream(photos, 24, seed=3)[position], samples[position])
+        assert same(first[position], samples[position])
+    assert not same(Stream(photos, 24, seed=4)[0], samples[0])
+
+
+def test_an_epoch_visits_every_sample_once_and_augments_afresh(photos):
+    stream = Stream(photos, 24, seed=0)
+    epochs = [[stream[e * 7 + k] for k in range(7)] for e in range(3)]
+    orders = [[index for *_, index in epoch] for epoch in epochs]
+    assert all(sorted(order) == list(range(7)) for order in orders) and orders[0] != orders[1]
+    images = {image.tobytes() for epoch in epochs for image, _, index in epoch if index == 0}
+    assert len(images) == 3
+
+
+def test_stream_layout(photos):
+    image, labels, index = Stream(photos, 24, seed=0)[5]
+    assert image.shape == (3, 24, 24) and image.dtype == np.uint8 and image.flags.c_contiguous
+    assert labels.shape == (24, 24) and labels.dtype == np.uint8 and type(index) is int
+    picture, truth = Shapes("training")[Stream(Shapes("training"), 96, 0)[4][2]]
+    image, labels, _ = Stream(Shapes("training"), 96, 0)[4]
+    assert (image == np.asarray(picture).transpose(2, 0, 1)).all() and (labels == truth).all()
+    image, labels, _ = Stream(Shapes("training"), 48, 0)[4]
+    assert image.shape == (3, 48, 48) and (labels == truth[1::2, 1::2]).mean() > 0.9
+
+
+def test_workers_do_not_change_samples(photos):
+    def batches(workers: int) -> list:
+        return list(DataLoader(Stream(photos, 24, 0), 4, sampler=range(10, 26), num_workers=workers))
+
+    for a, b in zip(batches(0), batches(2), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_bad_file_is_named_in_one_line_even_by_a_worker(photos):
+    victim = Path(photos.where(2))
+    victim.write_bytes(victim.read_bytes()[:300])
+    message = error_of(photos.__getitem__, 2)
+    assert message.startswith(f"{victim}: cannot be read as an image")
+    loader = DataLoader(Stream(photos, 24, 0), 1, sampler=range(7), num_workers=1)
+    assert error_of(list, loader) == message
+
+
+# ---- folders ----
+
+
+def test_folder_reads_sub_folders_in_natural_order_and_skips_hidden_files(tmp_path):
+    root = make_folder(tmp_path / "mine", [])
+    for stem in ("b/a10", "b/a2", "a1", "b/a9"):
+        write(root / f"images/training/{stem}.JPG", np.zeros((4, 4, 3), np.uint8))
+        write(root / f"annotations/training/{stem}.png", mask_of(1)[:4, :4])
+    for name in ("._a1.jpg", ".DS_Store", "notes.txt", ".thumbs/a1.jpg"):
+        (root / "images/training" / name).parent.mkdir(exist_ok=True)
+        (root / "images/training" / name).write_bytes(b"junk")
+    folder = Folder(root, "training")
+    paths = [Path(folder.where(i)) for i in range(len(folder))]
+    stems = [path.relative_to(root / "images/training").as_posix() for path in paths]
+    assert stems == ["a1.JPG", "b/a2.JPG", "b/a9.JPG", "b/a10.JPG"]
+    assert folder.name == "mine" and problems(folder).problems == []
+
+
+def test_splits_rename_the_folders(tmp_path):
+    toml = CLASSES + "name = 'x'\nsplits = ['train', 'val', 'test']"
+    root = make_folder(tmp_path, [mask_of(0)], toml, "val")
+    folder = open_dataset(str(root), "validation")
+    assert len(folder) == 1 and folder.name == "x" and Path(folder.where(0)).parent.name == "val"
+    assert "no such folder" in error_of(open_dataset, str(root), "training")
+
+
+@pytest.mark.parametrize(
+    "mode, dtype, values",
+    [
+        ("L", np.uint8, (0, 1, 2)),
+        ("P", np.uint8, (0, 1, 2)),
+        ("1", bool, (0, 1)),
+        ("I;16", np.uint16, (0, 1, 2, 300)),
+        ("I", np.int32, (0, 1, 2)),
+    ],
+)
+def test_every_single_channel_mask_mode_is_read_as_it_is(tmp_path, mode, dtype, values):
+    toml = "classes = ['a', 'b', 'c', 'd']\nids = [0, 1, 2, 300]"
+    root, mask = make_folder(tmp_path, [mask_of(0)], toml), mask_of(*values, dtype=np.int32)
+    image = Image.fromarray(mask.astype(dtype))
+    if mode == "P":
+        image = Image.frombytes("P", image.size, image.tobytes())
+        image.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])
+    suffix = ".tif" if mode == "I" else ".png"
+    path = root / f"annotations/training/a0{suffix}"
+    (root / "annotations/training/a0.png").unlink()
+    image.save(path)
+    with Image.open(path) as saved:
+        assert saved.mode == mode
+    assert (Folder(root, "training")[0][1] == np.where(mask == 300, 3, mask)).all()
+
+
+def test_images_come_upright_and_as_rgb(tmp_path):
+    root = make_folder(tmp_path, [mask_of(0)] * 3)
+    picture, exif = Image.new("RGB", (12, 16)), Image.Exif()
+    picture.paste((255, 255, 255), (0, 0, 12, 4))  # a white top, which turns to the right
+    exif[0x0112] = 6
+    picture.save(root / "images/training/a0.jpg", exif=exif, quality=95)
+    for stem, image in (
+        ("a1", Image.new("RGBA", (16, 12), (9, 8, 7, 0))),
+        ("a2", Image.fromarray(np.full((12, 16), 200 * 256, np.uint16))),
+    ):
+        (root / f"images/training/{stem}.jpg").unlink()
+        image.save(root / f"images/training/{stem}.png")
+    folder = Folder(root, "training")
+    upright = np.asarray(folder[0][0])
+    assert upright.shape == (12, 16, 3) and upright[:, 13:].min() > 200 and upright[:, :10].max() < 50
+    assert folder[1][0].getpixel((0, 0)) == (9, 8, 7) and folder[2][0].getpixel((0, 0)) == (200,) * 3
+
+
+def test_missing_annotations_are_named_and_counted(tmp_path):
+    root = make_folder(tmp_path, [mask_of(0)] * 4)
+    for stem in ("a1", "a3"):
+        (root / f"annotations/training/{stem}.png").unlink()
+    message = error_of(Folder, root, "training")
+    assert message.startswith(str(root / "images/training/a1.jpg")) and "no annotation" in message
+    assert "2 of 4" in message
+    assert len(Folder(root, "training", strict=False)) == 2
+
+
+def test_equal_stems_are_refused(tmp_path):
+    root = make_folder(tmp_path, [mask_of(0)])
+    write(root / "images/training/a0.png", np.zeros((4, 4, 3), np.uint8))
+    assert "a0" in (message := error_of(Folder, root, "training")) and "same stem" in message
+
+
+def test_sizes_that_differ_are_named(tmp_path):
+    root = make_folder(tmp_path, [mask_of(0)])
+    write(root / "annotations/training/a0.png", mask_of(0)[:10])
+    message = error_of(Folder(root, "training").__getitem__, 0)
+    assert "16 x 10" in message and "16 x 12" in message and "a0.jpg" in message
+
+
+def test_missing_parts_say_what_was_expected(tmp_path):
+    message = error_of(open_dataset, str(tmp_path), "training")
+    assert "dataset.toml" in message and "classes = [" in message
+    root = make_folder(tmp_path, [])
+    assert "images/training: no such folder" in error_of(Folder, root, "training")
+    (root / "images/training").mkdir(parents=True)
+    (root / "annotations/training").mkdir(parents=True)
+    assert "holds no image" in error_of(Folder, root, "training")
+
+
+def test_open_dataset_finds_names_paths_and_the_nearest_match(tmp_path, monkeypatch):
+    make_folder(tmp_path / "streets", [mask_of(0)])
+    assert open_dataset("streets", "training", tmp_path).name == "streets"
+    monkeypatch.setenv("FLOWSEG_DATA", str(tmp_path))
+    assert len(open_dataset("streets", "training")) == 1
+    assert open_dataset(str(tmp_path / "streets"), "training").name == "streets"
+    monkeypatch.chdir(tmp_path / "streets")
+    assert open_dataset("./", "training").name == "streets"
+    for name in ("shapes", "shapes-fine"):
+        assert open_dataset(name, "test").name == name
+    assert "did you mean 'streets'?" in error_of(open_dataset, "street", "training")
+    assert "did you mean 'shapes'?" in error_of(open_dataset, "shape", "training")
+    assert "did you mean 'training'?" in error_of(open_dataset, "shapes", "trainig")
+
+
+@pytest.mark.parametrize(
+    "toml, expected",
+    [
+        ("classes = [", "dataset.toml: "),
+        ("", "classes has 0 names"),
+        ("classes = []", "classes has 0 names"),
+        ("classes = 'sky'", "classes must be a list"),
+        ("classes = ['a', 'a']", "different"),
+        ("classes = ['a', 1]", "classes must be a list"),
+        (f"classes = {[str(k) for k in range(256)]}", "256 names"),
+        ("class = ['a']", "unknown key 'class'; expected name, classes, ids, ignore, splits; did you mean"),
+        (CLASSES + "ids = [0, 1]", "2 ids for 3 classes"),
+        (CLASSES + "ids = [0, 1, 1]", "ids must be a list of different int"),
+        (CLASSES + "ids = [0, 1, true]", "ids must be a list of different int"),
+        (CLASSES + "ids = [0, 1, 65536]", "0..65535"),
+        (CLASSES + "ignore = [-1]", "0..65535"),
+        (CLASSES + "ignore = [2, 255]", "[2] are in both ids and ignore"),
+        (CLASSES + "splits = ['train', 'val']", "splits"),
+        (CLASSES + "name = 3", "name must be a string"),
+    ],
+)
+def test_errors_of_dataset_toml(tmp_path, toml, expected):
+    message = error_of(Folder, make_folder(tmp_path, [mask_of(0)], toml), "training")
+    assert message.startswith(str(tmp_path / "dataset.toml")) and expected in message
+
+
+# ---- problems ----
+
+
+def report(root: Path) -> list[str]:
+    return problems(open_dataset(str(root), "training", strict=False)).problems
+
+
+def test_problems_counts_pixels_exactly(tmp_path):
+    masks = [mask_of(0, 1, 2, 255), mask_of(2)]
+    scan = problems(Folder(make_folder(tmp_path, masks, CLASSES + "ignore = [255]"), "training"))
+    assert scan.histogram.tolist() == [48, 48, 240] and scan.histogram.dtype == np.int64
+    assert scan.ignored == 48 and scan.count == 2 and scan.problems == []
+
+
+def test_problems_limit_takes_evenly_spaced_samples(tmp_path):
+    root = make_folder(tmp_path, [mask_of(0)] * 4 + [mask_of(1)] * 5)
+    scan = problems(Folder(root, "training"), limit=3)
+    assert scan.count == 3 and scan.histogram.tolist() == [192, 384, 0]
+
+
+def test_problems_reports_every_kind_once_with_first_file_and_count(tmp_path):
+    root = make_folder(tmp_path, [mask_of(0, 1, 2)] * 10)
+    images, masks = root / "images/training", root / "annotations/training"
+    (masks / "a0.png").unlink()
+    (images / "a1.jpg").unlink()
+    for k in (2, 3):
+        write(masks / f"a{k}.png", mask_of(0), "RGB")
+    write(masks / "a4.png", mask_of(0)[:5])
+    write(masks / "a5.png", mask_of(0, 77))
+    (images / "a6.jpg").write_bytes((images / "a6.jpg").read_bytes()[:200])
+    (masks / "a7.png").unlink()
+    write(masks / "a7.jpg", mask_of(0))
+    lines = report(root)
+    for name, words in [
+        ("a0.jpg", "no annotation"),
+        ("a1.png", "no image"),
+        ("a2.png", "saved as RGB"),
+        ("a4.jpg", "equal sizes"),
+        ("a5.png", "raw value 77"),
+        ("a6.jpg", "cannot be read"),
+        ("a7.jpg", "saved as JPEG"),
+    ]:
+        matching = [line for line in lines if words in line]
+        assert len(matching) == 1 and name in matching[0], (words, lines)
+    assert "1 more" in next(line for line in lines if "RGB" in line)
+    assert len(lines) == 7
+
+
+@pytest.mark.parametrize(
+    "toml, values, expected",
+    [
+        ("classes = ['no', 'yes']", (0, 255), "ids = [0, 255]"),
+        ("classes = ['no', 'yes']\nignore = [255]", (0, 255), "ids = [0, 255]"),  # silently IoU 0 elsewhere
+        (CLASSES, (1, 2, 3), "ids = [1, 2, 3]"),
+        (CLASSES + "ignore = [255]", (0, 1, 2, 3, 255), "ignore = [0]"),
+        (CLASSES, (0, 1, 2, 255), "ignore = [255]"),
+        (CLASSES, tuple(range(0, 60, 3)), "JPEG"),
+    ],
+)
+def test_problems_recognises_usual_mistakes(tmp_path, toml, values, expected):
+    lines = report(make_folder(tmp_path, [mask_of(*values)] * 2, toml))
+    assert expected in lines[0]
+
+
+def test_an_on_off_mask_with_the_right_table_is_no_problem(tmp_path):
+    toml = "classes = ['no', 'yes']\nids = [0, 255]"
+    assert report(make_folder(tmp_path, [mask_of(0, 255)], toml)) == []
+
+
+# ---- real data ----
+
+
+@pytest.mark.skipif(
+    not Path(os.environ.get("FLOWSEG_SHARED", "/nowhere"), "data/camvid-240").is_dir(),
+    reason="set FLOWSEG_SHARED to a folder with data/camvid-240",
+)
+def test_camvid_is_clean():
+    root = Path(os.environ["FLOWSEG_SHARED"]) / "data"
+    scans = [problems(open_dataset("camvid-240", split, root), limit=20) for split in SPLITS]
+    counts = [len(open_dataset("camvid-240", split, root)) for split in SPLITS]
+    assert counts == [367, 101, 233] and not any(scan.problems for scan in scans)

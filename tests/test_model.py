@@ -1,0 +1,434 @@
+"""Encoding, potential, network, loss and sampler against closed forms and independent computations."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from model import CheckpointError, FlowSeg, golden, kronecker, log_potential, potential_gradient
+from network import PRESETS, Config, Network
+
+SMALL = {
+    "hidden": 32,
+    "depth": 1,
+    "heads": 2,
+    "field_depth": 1,
+    "field_width": 8,
+    "conv_width": 8,
+    "patch_size": 4,
+}
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def small(num_classes=5, **changes):
+    torch.manual_seed(0)
+    return FlowSeg(Config(num_classes, **SMALL | changes))
+
+
+def batch(num_classes=5, size=16, count=2):
+    generator = torch.Generator().manual_seed(1)
+    image = torch.rand(count, 3, size, size, generator=generator) * 2 - 1
+    return image, torch.randint(0, num_classes, (count, size, size), generator=generator)
+
+
+def train_steps(model, image, labels, steps, lr=3e-3):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for step in range(steps):
+        loss, _ = model.loss(image, labels, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+# ---------------------------------------------------------------- encoding
+
+
+@pytest.mark.parametrize(
+    ("n", "spacing"), [(11, 0.855), (19, 0.590), (59, 0.288), (150, 0.154), (171, 0.153)]
+)
+def test_kronecker_spacing_is_the_published_table(n, spacing):
+    assert torch.pdist(kronecker(n)).min().item() == pytest.approx(spacing, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "spacing"), [(11, 0.692), (19, 0.641), (59, 0.416), (150, 0.226), (171, 0.224)]
+)
+def test_golden_spacing_is_the_published_table(n, spacing):
+    assert torch.pdist(golden(n)).min().item() == pytest.approx(spacing, abs=6e-4)
+
+
+@pytest.mark.parametrize(("dims", "spacing"), [(3, 0.154), (4, 0.299), (8, 0.938), (16, 1.546)])
+def test_more_dimensions_give_more_room(dims, spacing):
+    assert torch.pdist(kronecker(150, dims)).min().item() == pytest.approx(spacing, abs=6e-4)
+
+
+def test_kronecker_formula_by_hand():
+    raw = [[(k * math.sqrt(prime)) % 1 for prime in (2, 3, 5)] for k in range(1, 8)]
+    for axis in range(3):
+        column = [row[axis] for row in raw]
+        expected = [2 * (value - min(column)) / (max(column) - min(column)) - 1 for value in column]
+        assert kronecker(7)[:, axis].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 11, 150, 171, 1000])
+@pytest.mark.parametrize("dims", [3, 16])
+def test_painting_and_decoding_returns_the_labels(n, dims):
+    model = small(n, dims=dims)
+    labels = torch.arange(n).repeat(2)[: n + n % 2].view(1, 2, -1)
+    decoded, confidence = model.decode(model.centroids[labels].movedim(-1, 1))  # `paint` reserves 255
+    assert decoded.equal(labels)
+    assert (confidence > 1 / n).all()
+
+
+# ---------------------------------------------------------------- potential
+
+
+@pytest.mark.parametrize("transform", ["log", "linear", "sqrt", "inverse"])
+@pytest.mark.parametrize("tau", [1.0, 0.5])
+@pytest.mark.parametrize("dims", [3, 8])
+def test_potential_gradient_is_autograd_of_phi(transform, tau, dims):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(50, dims, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 20, (50,), generator=generator)
+    mu = kronecker(20, dims).double()
+    d = (x[:, None] - mu).square().sum(-1)
+    logits = {
+        "log": -(d + 0.1).log(), "linear": -d, "sqrt": -(d + 0.1).sqrt(), "inverse": 1 / (d + 0.1)
+    }[transform]  # fmt: skip
+    expected = F.cross_entropy(logits / tau, y, reduction="none")
+    expected.sum().backward()
+    phi, grad = potential_gradient(x.detach(), y, mu, 0.1, tau, transform)
+    assert torch.allclose(phi, expected, atol=1e-5)
+    assert torch.allclose(grad, x.grad, atol=1e-5)
+
+
+def test_potential_gradient_does_not_depend_on_chunks():
+    x, y, mu = torch.randn(20_000, 3), torch.randint(0, 171, (20_000,)), kronecker(171)  # two chunks
+    phi, grad = potential_gradient(x, y, mu, 1e-2)
+    part = potential_gradient(x[15_000:], y[15_000:], mu, 1e-2)
+    assert torch.equal(phi[15_000:], part[0])
+    assert torch.equal(grad[15_000:], part[1])
+
+
+def test_distances_do_not_cancel_near_a_centroid():
+    mu = kronecker(150)
+    x = mu + 1e-4
+    phi, grad = potential_gradient(x, torch.arange(150), mu, 1e-6)
+    exact = potential_gradient(x.double(), torch.arange(150), mu.double(), 1e-6)
+    assert torch.allclose(grad.double(), exact[1], rtol=1e-2)  # the expanded square is off by more than 1
+    assert torch.allclose(phi.double(), exact[0], rtol=1e-3, atol=1e-6)
+
+
+# ---------------------------------------------------------------- network
+
+
+def load_public(network, state):
+    """Rename the public PixNerd keys to ours; the image path, which PixNerd lacks, is set to zero."""
+    renames = {
+        "patch_embed": "s_embedder.proj", "time_mlp": "t_embedder.mlp",
+        "pixel_embed": "x_embedder.embedder.0",
+        "head_norm": "final_layer.norm", "head": "final_layer.linear",
+        "modulation": "adaLN_modulation.0", "generator": "param_generator1.0",
+    }  # fmt: skip
+    ours = {}
+    for key, value in network.state_dict().items():
+        parts = key.split(".")
+        if parts[0] == "field":
+            parts[:2] = ["blocks", str(int(parts[1]) + len(network.blocks))]
+        public = ".".join(renames.get(part, part) for part in parts)
+        if key == "no_class":
+            ours[key] = state["y_embedder.embedding_table.weight"][-1]
+        else:
+            ours[key] = torch.zeros_like(value) if key.startswith("image_to") else state[public]
+    network.load_state_dict(ours)
+
+
+@pytest.mark.parametrize("case", ["0", "1"])
+def test_network_equals_the_public_pixnerd(case):
+    state = torch.load(GOLDEN / "pixnerd_tiny.ckpt", weights_only=True)["state_dict"]
+    state = {k.removeprefix("ema_denoiser."): v for k, v in state.items() if k.startswith("ema_denoiser.")}
+    network = Network(Config(5, patch_size=4, hidden=32, depth=2, heads=2, field_width=8, conv_width=0))
+    load_public(network, state)
+    io = load_file(GOLDEN / "pixnerd_tiny_io.safetensors")
+    blocks = []
+    network.blocks[1].register_forward_hook(lambda module, args, out: blocks.append(out))
+    x = io[f"{case}.x"]
+    with torch.no_grad():
+        out = network(x, io[f"{case}.t"], network.encode(x))
+    assert torch.allclose(out, io[f"{case}.out"], atol=1e-5)
+    assert torch.allclose(blocks[0], io[f"{case}.block2"], atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_build_and_large_ones_have_the_published_shape(preset):
+    with torch.device("meta"):
+        network = Network(Config(150, **PRESETS[preset]))
+    published = {"large": (1024, 16, 22, 2, 64, 16), "xl": (1152, 16, 26, 4, 64, 16)}
+    c = network.config
+    if preset in published:
+        assert (c.hidden, c.heads, c.depth, c.field_depth, c.field_width, c.patch_size) == published[preset]
+    assert sum(p.numel() for p in network.parameters()) > 0
+
+
+def test_image_reaches_the_velocity_and_zero_weights_cut_it_off():
+    model = small()
+    torch.nn.init.normal_(model.network.head.weight)
+    (image, _), t = batch(), torch.zeros(2)
+    x = torch.zeros(2, 3, 16, 16)
+    assert not torch.allclose(model.velocity(x, t, image), model.velocity(x, t, -image))
+    for layer in (model.network.image_to_token, model.network.image_to_pixel):
+        torch.nn.init.zeros_(layer.weight)
+    assert torch.equal(model.velocity(x, t, image), model.velocity(x, t, -image))
+
+
+def test_time_is_float32_under_autocast_and_tells_neighbours_apart():
+    network = small().network
+    with torch.autocast("cpu", torch.bfloat16):
+        embedding = network.time(torch.linspace(0, 1, 1001))
+    assert embedding.dtype == torch.float32
+    assert len(torch.unique(embedding, dim=0)) == 1001
+
+
+@pytest.mark.parametrize("size", [(16, 24), (8, 4), (4, 4), (20, 36)])
+def test_velocity_at_any_multiple_of_the_patch(size):
+    model = small()
+    image = torch.rand(2, 3, *size) * 2 - 1
+    v = model.velocity(image, torch.tensor([0.0, 0.5]), image)
+    assert v.shape == image.shape
+    assert v.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"objective": "vanilla"}, {"annealed": True}, {"transform": "linear"}, {"transform": "sqrt"},
+    {"transform": "inverse"}, {"prediction": "x"}, {"source": "noise"}, {"encoding": "golden"}, {"dims": 8},
+    {"states": "truth"}, {"states": "start"}, {"conv_width": 0},
+], ids=str)  # fmt: skip
+def test_every_ablation_trains(changes):
+    model, (image, labels) = small(**changes), batch()
+    labels = (image[:, 0] > 0).long() + 2 * (image[:, 1] > 0).long()
+    before = model.loss(image, labels, torch.Generator().manual_seed(0))[0].item()
+    train_steps(model, image, labels, 40)
+    after = model.loss(image, labels, torch.Generator().manual_seed(0))[0].item()
+    assert after < 0.9 * before
+
+
+def test_the_loss_changes_with_every_switch():
+    image, labels = batch()
+    losses = []
+    for changes in (
+        {},
+        {"objective": "vanilla"},
+        {"annealed": True},
+        {"states": "truth"},
+        {"states": "start"},
+    ):
+        model = small(**changes)
+        torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
+        losses.append(round(model.loss(image, labels, torch.Generator().manual_seed(0))[0].item(), 4))
+    assert len(set(losses)) == len(losses)
+
+
+def test_reshaped_loss_at_the_start_is_the_paper_s():
+    model, (image, labels) = small(states="start"), batch()
+    torch.nn.init.normal_(model.network.head.weight, std=0.1)
+    v = model.velocity(image, torch.zeros(2), image)
+    v_gt = kronecker(5)[labels].movedim(-1, 1) - image
+    x1_hat = (image + v).detach().movedim(1, -1).reshape(-1, 3).requires_grad_()
+    logits = -((x1_hat[:, None] - kronecker(5)).square().sum(-1) + model.config.eps).log()
+    F.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
+    target = v_gt - x1_hat.grad.view(2, 16, 16, 3).movedim(-1, 1)
+    expected = (v - target).square().mean()
+    assert model.loss(image, labels)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"prediction": "x"}, {"source": "noise"}], ids=str)
+def test_no_state_contains_the_label(changes):
+    """The leak: whatever the labels are, the network must see the same states (`truth` does not)."""
+
+    def states(labels, **changes):
+        model = small(**changes)
+        torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
+        seen = []
+        model.network.register_forward_pre_hook(lambda module, args: seen.extend(a.clone() for a in args[:2]))
+        model.loss(image, labels, torch.Generator().manual_seed(0))
+        return torch.cat([tensor.flatten() for tensor in seen])
+
+    image, labels = batch()
+    assert torch.equal(states(labels, **changes), states(4 - labels, **changes))
+    assert not torch.equal(states(labels, states="truth"), states(4 - labels, states="truth"))
+
+
+@pytest.mark.parametrize("states", ["own", "truth", "start"])
+def test_an_all_ignore_batch_has_loss_zero_and_finite_gradients(states):
+    model, (image, labels) = small(states=states), batch()
+    loss, stats = model.loss(image, torch.full_like(labels, 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(value.isfinite() for value in stats.values())
+
+
+def test_ignored_pixels_change_nothing():
+    """Loss and gradient are those of the labelled pixels alone."""
+    model, (image, labels) = small(conv_width=0, depth=0, states="start"), batch()
+    labels[:, :, 8:] = 255
+    torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
+    whole = model.loss(image, labels)[0]
+    left = model.loss(image[..., :8].contiguous(), labels[..., :8].contiguous())[0]
+    assert whole.item() == pytest.approx(left.item(), rel=1e-5)
+    v = model.velocity(image, torch.zeros(2), image)
+    v.retain_grad()
+    model._velocity = lambda *args: v
+    model.loss(image, labels)[0].backward()
+    assert v.grad[..., 8:].abs().max() == 0
+    assert v.grad[..., :8].abs().max() > 0
+
+
+def test_overfits_one_batch_through_the_real_loss():
+    model = small(num_classes=4, conv_width=16)
+    image, _ = batch(size=24, count=2)
+    labels = torch.zeros(2, 24, 24, dtype=torch.long)
+    labels[0, 4:16, 6:20], labels[1, 10:, :9], labels[1, :5, 12:] = 1, 2, 3
+    train_steps(model, image, labels, 200)
+    model.eval()
+    for steps in (1, 4):
+        assert (model.segment(image, steps) == labels).float().mean() > 0.95
+
+
+# ---------------------------------------------------------------- sampler and decoding
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+@pytest.mark.parametrize("dims", [3, 8])
+def test_an_exact_velocity_is_integrated_to_the_mask(steps, dims):
+    """Pins the direction of time: x1 - x0 from t = 0, and the general (x1 - x) / (1 - t), both end at x1."""
+    model, (image, labels) = small(dims=dims), batch()
+    x1 = model.paint(labels)
+    x0 = model.source(image)
+    times = []
+    straight = model.sample(image, steps, lambda x, t: times.append(t[0].item()) or x1 - x0)
+    homing = model.sample(image, steps, lambda x, t: (x1 - x) / (1 - t)[:, None, None, None])
+    assert torch.allclose(straight, x1, atol=1e-5)
+    assert torch.allclose(homing, x1, atol=1e-5)
+    assert model.decode(straight)[0].equal(labels)
+    assert times == pytest.approx([i / steps for i in range(steps)])
+
+
+def test_the_source_is_the_image_followed_by_zeros():
+    image, _ = batch()
+    x0 = small(dims=8).source(image)
+    assert torch.equal(x0[:, :3], image)
+    assert x0.shape[1] == 8
+    assert x0[:, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 30), (1, 1), (3, 50)])
+@pytest.mark.parametrize("source", ["image", "noise"])
+def test_any_size_gives_a_mask_of_that_size_and_always_the_same(size, source):
+    model = small(source=source).eval()
+    image = torch.rand(1, 3, *size) * 2 - 1
+    mask = model.segment(image, 2)
+    assert mask.shape == (1, *size)
+    assert mask.dtype == torch.int64
+    assert torch.equal(mask, model.segment(image, 2))
+
+
+def test_soft_assignment_is_the_softmax_of_the_potential():
+    model = small(tau=0.5)
+    x = torch.randn(2, 3, 4, 6)
+    p = model.soft_assignment(x)
+    d = (x.movedim(1, -1)[..., None, :] - model.centroids).square().sum(-1)
+    expected = (log_potential(d, model.config.eps, "log")[0] / 0.5).softmax(-1).movedim(-1, 1)
+    assert torch.allclose(p, expected, atol=1e-6)
+    assert torch.allclose(p.sum(1), torch.ones(2, 4, 6), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 33), (7, 9), (300, 5)])
+def test_decoding_to_a_size_is_bilinear_in_the_probabilities(size):
+    model = small(11)
+    x = F.interpolate(model.paint(torch.randint(0, 11, (2, 4, 4))), scale_factor=4)
+    labels, confidence = model.decode(x, size)
+    expected = F.interpolate(model.soft_assignment(x), size, mode="bilinear").max(1)
+    assert torch.allclose(confidence, expected.values, atol=1e-5)
+    assert (labels == expected.indices).float().mean() > 0.999
+
+
+def test_a_border_between_two_classes_never_decodes_to_a_third():
+    model = small(50)
+    for a, b in [(0, 1), (3, 17), (20, 49)]:
+        labels = torch.full((1, 8, 8), a)
+        labels[:, :, 4:] = b
+        assert set(model.decode(model.paint(labels), (64, 64))[0].unique().tolist()) == {a, b}
+
+
+# ---------------------------------------------------------------- errors and files
+
+
+def test_shape_and_value_errors_name_both_sides():
+    model, (image, labels) = small(), batch()
+    with pytest.raises(ValueError, match=r"image is \(2, 16, 16\).*expected \(B, 3, H, W\)"):
+        model.loss(image[:, 0], labels)
+    with pytest.raises(ValueError, match=r"labels are \(2, 8, 16\).*expected \(2, 16, 16\)"):
+        model.loss(image, labels[:, :8])
+    with pytest.raises(ValueError, match=r"torch\.int32.*expected .*torch\.int64"):
+        model.loss(image, labels.int())
+    with pytest.raises(ValueError, match=r"labels run to 5; expected 0..4 or 255"):
+        model.loss(image, labels + 1)
+    with pytest.raises(ValueError, match=r"image is 15 x 16; expected multiples of the patch size 4"):
+        model.velocity(image[:, :, :15], torch.zeros(2), image[:, :, :15])
+    with pytest.raises(ValueError, match=r"t \(16,\); expected"):
+        model.velocity(image, torch.zeros(16), image)
+    with pytest.raises(ValueError, match="steps is 0; expected at least 1"):
+        model.sample(image, 0)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"objective": "reshape"}, "objective is 'reshape'; expected reshaped or vanilla"),
+    ({"dims": 2}, "dims 2; expected"), ({"num_classes": 1}, "num_classes is 1"), ({"heads": 3}, "heads"),
+    ({"patch_size": 6}, "patch_size is 6; expected a power of two"), ({"eps": 0.0}, "eps is 0.0"),
+])  # fmt: skip
+def test_config_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**{"num_classes": 5} | changes)
+
+
+def test_save_and_load_return_the_same_model(tmp_path):
+    model = small(dims=8, encoding="golden")
+    model.save(tmp_path / "m.safetensors", classes=["a", "b"], mIoU=0.5)
+    loaded = FlowSeg.load(tmp_path / "m.safetensors")
+    assert loaded.config == model.config
+    assert loaded.metadata["classes"] == ["a", "b"]
+    assert torch.equal(loaded.centroids, model.centroids)
+    image, _ = batch()
+    assert torch.equal(loaded.segment(image), model.eval().segment(image))
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    small().save(good)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        FlowSeg.load(bad)
+    for content in (b"", b"hello, world", good.read_bytes()[:-100]):
+        bad.write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            FlowSeg.load(bad)
+    save_file({"weight": torch.zeros(3)}, bad)
+    with pytest.raises(CheckpointError, match="not a FlowSeg checkpoint"):
+        FlowSeg.load(bad)
+    config = json.dumps({"num_classes": 5})
+    save_file({"weight": torch.zeros(3)}, bad, {"format": json.dumps("flowseg-1"), "config": config})
+    with pytest.raises(CheckpointError, match="damaged or from another version"):
+        FlowSeg.load(bad)
+
+
+def test_saving_to_a_missing_folder_is_one_clear_error(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot write"):
+        small().save(tmp_path / "missing" / "m.safetensors")

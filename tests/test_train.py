@@ -1,0 +1,282 @@
+"""Metric, schedule, run directory and resume."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import train as training
+from data import Shapes
+from model import CheckpointError, FlowSeg
+from network import PRESETS
+from train import Metrics, RunError, TrainConfig, confusion_matrix, evaluate, learning_rate, resolve, to_input
+
+TINY = [
+    "hidden=16",
+    "depth=1",
+    "heads=2",
+    "field_depth=1",
+    "field_width=8",
+    "conv_width=8",
+    "log_every=1",
+    "steps=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def _few_scenes(monkeypatch):
+    """Validation on three scenes: what is tested here is the loop, not the score."""
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 3 if self.split != "training" else 1_000_000)
+
+
+def run(folder, *settings, steps=4, **options):
+    given = {"batch": 2, "size": 32, "max_steps": steps, "warmup": 1} | options
+    config, model_config = resolve(given, [*TINY, *settings])
+    return training.train(config, model_config, folder, torch.device("cpu"), Console(quiet=True))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- metric
+
+
+def scores_by_sets(pairs, num_classes):
+    """An independent computation of IoU: explicit sets of pixel positions, one class at a time."""
+    iou = []
+    for k in range(num_classes):
+        truth, found = set(), set()
+        for i, (labels, prediction) in enumerate(pairs):
+            for position, (y, p) in enumerate(
+                zip(labels.ravel().tolist(), prediction.ravel().tolist(), strict=True)
+            ):
+                if y != 255:
+                    truth |= {(i, position)} if y == k else set()
+                    found |= {(i, position)} if p == k else set()
+        iou.append(len(truth & found) / len(truth | found) if truth | found else None)
+    present = [value for value in iou if value is not None]
+    return iou, sum(present) / len(present)
+
+
+def test_metric_equals_an_independent_computation():
+    """Absent classes, an all-ignore image, the last class id, odd sizes."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        (rng.integers(0, 4, (7, 5)), rng.integers(0, 6, (7, 5))),
+        (rng.integers(3, 7, (3, 9)), rng.integers(3, 7, (3, 9))),
+    ]
+    pairs[0][0][:3] = 255
+    pairs.append((np.full((4, 4), 255), rng.integers(0, 6, (4, 4))))
+    confusion = sum(confusion_matrix(labels.astype(np.uint8), p.astype(np.uint8), 8) for labels, p in pairs)
+    metrics = Metrics(confusion)
+    iou, mean = scores_by_sets(pairs, 8)
+    assert iou[7] is None
+    assert math.isnan(metrics.iou[7])
+    assert metrics.iou[:7].tolist() == pytest.approx(iou[:7], abs=1e-12)
+    assert metrics.scores["mIoU"] == pytest.approx(mean, abs=1e-12)
+    y, p = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
+    valid = y != 255
+    assert metrics.scores["aAcc"] == pytest.approx((y == p)[valid].mean(), abs=1e-12)
+    recall = [(p[y == k] == k).mean() for k in range(8) if (y == k).any()]
+    assert metrics.scores["mAcc"] == pytest.approx(np.mean(recall), abs=1e-12)
+    assert confusion.dtype == np.int64
+
+
+def test_nothing_labelled_scores_nan():
+    assert all(math.isnan(value) for value in Metrics(np.zeros((3, 3), np.int64)).scores.values())
+
+
+def test_pixels_labelled_255_do_not_count():
+    labels = np.array([[0, 1, 255, 255]], np.uint8)
+    first = confusion_matrix(labels, np.array([[0, 1, 0, 1]], np.uint8), 2)
+    second = confusion_matrix(labels, np.array([[0, 1, 1, 0]], np.uint8), 2)
+    assert np.array_equal(first, second)
+    assert first.sum() == 2
+
+
+class Fixed:
+    """A data set of two photos of different sizes whose labels a model can know."""
+
+    name, split = "fixed", "test"
+
+    def __init__(self, sizes, labels):
+        self.sizes, self.labels = sizes, labels
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, i):
+        return Image.new("RGB", self.sizes[i]), np.full(self.sizes[i][::-1], i, np.uint8)
+
+
+def test_evaluation_compares_at_the_original_size():
+    torch.manual_seed(0)
+    model = FlowSeg(resolve({}, TINY)[1]).eval()
+    data = Fixed([(37, 20), (300, 31)], Shapes("validation").labels)
+    metrics, protocol = evaluate(model, data, 32, 1)
+    assert metrics.confusion.sum(1)[:2].tolist() == [37 * 20, 300 * 31]
+    assert (protocol["images"], protocol["steps"], protocol["short_side"]) == (2, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [((640, 480), (128, 96)), ((10, 20), (96, 192)), ((2000, 10), (384, 2))]
+)
+def test_input_keeps_the_ratio_and_the_range(given, expected):
+    image = to_input(Image.new("RGB", given, (0, 128, 255)), 96)
+    assert image.shape == (1, 3, *expected[::-1])
+    assert image[0, :, 0, 0].tolist() == pytest.approx([-1, 128 / 127.5 - 1, 1], abs=1e-6)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def test_precedence_is_setting_then_option_then_preset_then_default():
+    config, model_config = resolve({"preset": "small", "lr": 0.5}, ["size=64", "annealed=true", "dims=4"])
+    assert (config.lr, config.size, config.seed) == (0.5, 64, TrainConfig.seed)
+    assert (model_config.hidden, model_config.annealed, model_config.dims) == (
+        PRESETS["small"]["hidden"],
+        True,
+        4,
+    )
+    assert model_config.num_classes == len(Shapes("training").labels.classes)
+
+
+@pytest.mark.parametrize(("given", "settings", "message"), [
+    ({"preset": "tinny"}, [], "--preset tinny: expected tiny, .*did you mean 'tiny'"),
+    ({"objective": "reshape"}, [], "objective is 'reshape'; expected reshaped or vanilla"),
+    ({}, ["epsilon=1"], r"--set epsilon=1: expected FIELD=VALUE.*did you mean 'eps'"),
+    ({}, ["eps=small"], "--set eps=small: expected a float"), ({}, ["eps"], "--set eps: expected a float"),
+    ({"size": 50}, [], "size is 50; expected a multiple of 8"),
+    ({"batch": 5}, ["accumulate=2"], "batch is 5; expected a multiple of 2"),
+])  # fmt: skip
+def test_mistakes_in_the_configuration_are_named(given, settings, message):
+    with pytest.raises(RunError, match=message):
+        resolve(given, settings)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    config = TrainConfig(lr=1.0, warmup=10, max_steps=100)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9]
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[-1] < 1e-3
+
+
+def test_unavailable_device_is_named():
+    with pytest.raises(RunError, match=r"--device warp is not available; expected auto, .*cpu"):
+        training.pick_device("warp")
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_writes_what_the_other_commands_need(tmp_path):
+    assert run(tmp_path / "run", steps=2) == 0
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    weights = {f"{name}.safetensors" for name in ("last", "best", "state")}
+    assert names == weights | {"config.json", "metrics.jsonl", "preview.png"}
+    metadata = FlowSeg.load(tmp_path / "run" / "last.safetensors").metadata
+    labels = Shapes("training").labels
+    assert metadata["classes"] == list(labels.classes)
+    assert metadata["ids"] == list(labels.ids)
+    assert (metadata["dataset"], metadata["size"], metadata["step"]) == ("shapes", 32, 2)
+    assert {"mIoU", "aAcc", "protocol", "torch", "commit"} <= metadata.keys()
+    logged = lines(tmp_path / "run")
+    assert [line["step"] for line in logged] == [1, 2, 2]
+    assert {"loss", "fm", "phi", "grad", "lr", "grad_norm", "images_per_second"} <= logged[0].keys()
+    assert logged[-1]["mIoU"] == metadata["mIoU"]
+
+
+def test_stored_score_is_bit_for_bit_what_eval_gives(tmp_path):
+    run(tmp_path / "run", steps=2)
+    model = FlowSeg.load(tmp_path / "run" / "last.safetensors")
+    metrics, protocol = evaluate(model, Shapes("validation"), 32, model.config.steps)
+    assert metrics.scores["mIoU"] == model.metadata["mIoU"]
+    assert protocol == model.metadata["protocol"]
+
+
+@pytest.mark.parametrize("settings", [(), ("accumulate=2",), ("workers=1", "source=noise")], ids=str)
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch, settings):
+    run(tmp_path / "whole", *settings, "save_every=2")
+    real, calls = FlowSeg.loss, []
+
+    def stop_at_third(self, *args):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(FlowSeg, "loss", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", *settings, "save_every=1")
+    monkeypatch.setattr(FlowSeg, "loss", real)
+    config = json.loads((tmp_path / "parts" / "config.json").read_text())
+    config["train"]["save_every"] = 2
+    (tmp_path / "parts" / "config.json").write_text(json.dumps(config))
+    run(tmp_path / "parts", *settings, "save_every=2")
+    for name in ("last", "state"):
+        whole, parts = (
+            training.safe_open(tmp_path / part / f"{name}.safetensors", "pt") for part in ("whole", "parts")
+        )
+        for key in whole.keys():  # noqa: SIM118
+            assert torch.equal(whole.get_tensor(key), parts.get_tensor(key)), key
+    steps = [line["step"] for line in lines(tmp_path / "parts")]
+    assert steps == sorted(steps) == [line["step"] for line in lines(tmp_path / "whole")]
+
+
+def test_validation_does_not_move_training(tmp_path):
+    run(tmp_path / "often", "eval_every=1")
+    run(tmp_path / "once")
+    often, once = (
+        FlowSeg.load(tmp_path / name / "last.safetensors").state_dict() for name in ("often", "once")
+    )
+    assert all(torch.equal(often[key], once[key]) for key in once)
+
+
+def test_a_changed_command_or_a_foreign_folder_is_refused(tmp_path):
+    run(tmp_path / "run", steps=1)
+    with pytest.raises(RunError, match=r"holds another run \(lr was 0.001, now 0.01\)"):
+        run(tmp_path / "run", steps=1, lr=0.01)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
+    with pytest.raises(RunError, match=r"not a run directory; choose another with --out"):
+        run(tmp_path / "photos", steps=1)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_a_damaged_state_is_named_and_kept(tmp_path):
+    run(tmp_path / "run", steps=1)
+    state = tmp_path / "run" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"state.safetensors is damaged"):
+        run(tmp_path / "run", steps=1)
+    assert state.exists()
+
+
+def test_init_starts_from_the_weights_of_another_run(tmp_path):
+    run(tmp_path / "first", steps=1)
+    best = str(tmp_path / "first" / "best.safetensors")
+    model = FlowSeg.load(best)
+    other = FlowSeg(replace(model.config, num_classes=3))  # the weights fit any number of classes
+    training.start_from(other, best)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(CheckpointError, match=r"has another network .*match --preset"):
+        run(tmp_path / "second", "hidden=32", steps=1, init=best)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
+    with pytest.raises(RunError, match=r"the loss is nan at step .*--lr"):
+        run(tmp_path / "run", "clip=1e30", steps=30, lr=1e30)
+
+
+def test_without_any_run_the_error_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=r"no trained weights in runs/: run `flowseg train`"):
+        training.newest_checkpoint()
