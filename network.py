@@ -25,14 +25,14 @@ class Config:
     # Network: the defaults are the preset `tiny`
     patch_size: int = 8  # P
     hidden: int = 128  # D, width of a token
-    depth: int = 4  # transformer blocks
+    depth: int = 2  # transformer blocks
     heads: int = 4
-    field_depth: int = 2  # neural-field blocks
-    field_width: int = 16  # Dx, width of a pixel inside the neural field
-    field_ratio: int = 2  # r, expansion inside a neural-field block
+    field_depth: int = 1  # neural-field blocks
+    field_width: int = 32  # Dx, width of a pixel inside the neural field
+    field_ratio: int = 1  # r, expansion inside a neural-field block
     conv_width: int = 32  # channels of the convolutional image encoder; 0: the image enters as raw pixels
     # Flow: the defaults are the method, the other values its ablations
-    dims: int = 3  # channels of the state = dimension of the centroids
+    dims: int = 8  # channels of the state = dimension of the centroids
     encoding: Literal["kronecker", "golden"] = "kronecker"
     source: Literal["image", "noise"] = "image"
     states: Literal["own", "truth", "start"] = "own"  # where states at t > 0 come from: see `FlowSeg.loss`
@@ -41,7 +41,7 @@ class Config:
     transform: Literal["log", "linear", "sqrt", "inverse"] = "log"  # T(d)
     annealed: bool = False  # correction scaled by 1 - t
     eps: float = 1e-2
-    tau: float = 1.0
+    tau: float = 0.1
     steps: int = 4  # Euler steps when the caller gives none
 
     def __post_init__(self):
@@ -60,12 +60,13 @@ class Config:
             raise ValueError(f"hidden is {self.hidden}; expected a multiple of 4 x {self.heads} heads")
 
 
+FIELD = {"patch_size": 16, "field_depth": 2, "field_width": 64, "field_ratio": 2}
 PRESETS: dict[str, dict] = {  # large and xl are the published PixNerd L/16 and XL/16
     "tiny": {},
-    "small": {"hidden": 256, "depth": 6, "heads": 8, "field_width": 24},
-    "base": {"patch_size": 16, "hidden": 768, "depth": 12, "heads": 12, "field_width": 64},
-    "large": {"patch_size": 16, "hidden": 1024, "depth": 22, "heads": 16, "field_width": 64},
-    "xl": {"patch_size": 16, "hidden": 1152, "depth": 26, "heads": 16, "field_depth": 4, "field_width": 64},
+    "small": {"patch_size": 16, "hidden": 192, "depth": 3, "heads": 6},
+    "base": FIELD | {"hidden": 768, "depth": 12, "heads": 12},
+    "large": FIELD | {"hidden": 1024, "depth": 22, "heads": 16},
+    "xl": FIELD | {"hidden": 1152, "depth": 26, "heads": 16, "field_depth": 4},
 }
 
 

@@ -383,14 +383,22 @@ def start_from(model: FlowSeg, path: str) -> None:
 
 
 def train(
-    config: TrainConfig, model_config: Config, folder: Path, device: torch.device, console: Console
+    config: TrainConfig,
+    model_config: Config,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    kind: type[FlowSeg] = FlowSeg,
 ) -> int:
-    """Train or continue the run in `folder`; returns 0, or 128 + the number of the signal that stopped it."""
+    """Train or continue the run in `folder`; returns 0, or 128 + the number of the signal that stopped it.
+
+    kind: FlowSeg, or what an experiment derives from it.
+    """
     data = open_dataset(config.dataset, "training", config.root)
     held_out = open_dataset(config.dataset, "validation", config.root)
     claim(folder, {"train": asdict(config), "model": asdict(model_config)})
     torch.manual_seed(config.seed)
-    model = FlowSeg(model_config)
+    model = kind(model_config)
     if config.init:
         start_from(model, config.init)
     model = model.to(device)

@@ -19,6 +19,8 @@ SMALL = {
     "field_depth": 1,
     "field_width": 8,
     "conv_width": 8,
+    "dims": 3,
+    "tau": 1.0,
     "patch_size": 4,
 }
 GOLDEN = Path(__file__).parent / "golden"
@@ -151,7 +153,9 @@ def load_public(network, state):
 def test_network_equals_the_public_pixnerd(case):
     state = torch.load(GOLDEN / "pixnerd_tiny.ckpt", weights_only=True)["state_dict"]
     state = {k.removeprefix("ema_denoiser."): v for k, v in state.items() if k.startswith("ema_denoiser.")}
-    network = Network(Config(5, patch_size=4, hidden=32, depth=2, heads=2, field_width=8, conv_width=0))
+    config = Config(5, dims=3, patch_size=4, hidden=32, depth=2, heads=2, conv_width=0,
+                    field_depth=2, field_width=8, field_ratio=2)  # fmt: skip
+    network = Network(config)
     load_public(network, state)
     io = load_file(GOLDEN / "pixnerd_tiny_io.safetensors")
     blocks = []
