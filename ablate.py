@@ -20,7 +20,6 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-import picture
 import train as training
 from data import IGNORE, open_dataset
 from model import FlowSeg
@@ -163,13 +162,6 @@ def main(
     text = table(results)
     (out / "table.md").write_text(text + "\n")
     print(text)
-    series = {}
-    for name in {"reshaped", "vanilla"} & results.keys():
-        lines = map(json.loads, (out / f"{name}-0" / "metrics.jsonl").read_text().splitlines())
-        series[name] = [(line["step"], line["fm"]) for line in lines if "fm" in line]
-    if series:
-        sheet = picture.curves(series, "distance of the estimate from the mask", "step", "FM error")
-        picture.save(out / "curves.png", sheet)
 
 
 if __name__ == "__main__":

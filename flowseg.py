@@ -10,7 +10,7 @@ import os
 import sys
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -42,10 +42,7 @@ class UsageError(Exception):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        try:
-            out.print(f"flowseg {version('flowseg')}")
-        except PackageNotFoundError:
-            out.print("flowseg, not installed")
+        out.print(f"flowseg {version('flowseg')}")
         raise typer.Exit()
 
 
@@ -70,30 +67,21 @@ def train(
     size: Annotated[int | None, Option(min=8, help="Side of the training crop.")] = None,
     lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
     init: Annotated[Path | None, Option(help="Weights to start from.")] = None,
-    out_dir: Annotated[
-        Path | None, Option("--out", help="Run directory; runs/DATASET-PRESET if not given.")
-    ] = None,
+    out_dir: Annotated[Path | None, Option("--out", help="Run directory; else runs/DATASET-PRESET.")] = None,
     seed: Annotated[int | None, Option(help="Seed of weights, order, augmentation and noise.")] = None,
     workers: Annotated[int | None, Option(min=0, help="Processes that load images.")] = None,
     device: Device = "auto",
     settings: Annotated[
-        list[str] | None,
-        Option("--set", metavar="FIELD=VALUE", help="Any other field of the config: eps=1e-3."),
+        list[str] | None, Option("--set", metavar="FIELD=VALUE", help="Any other field.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train, or continue a run: the same command goes on where it stopped."""
-    given = {
-        key: value for key, value in locals().items() if key not in ("out_dir", "device", "settings", "quiet")
-    }
-    given = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in given.items()
-        if value is not None
-    }
+    given = {key: value for key, value in locals().items() if value is not None}
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     import train as training
 
-    config, model_config = training.resolve(given, settings or [])
+    config, model_config = training.resolve(given, settings or [])  # takes the fields that it knows
     folder = out_dir or Path("runs") / f"{Path(config.dataset).resolve().name}-{config.preset}"
     console = Console(stderr=True, quiet=quiet)
     code = training.train(config, model_config, folder, training.pick_device(device), console)
@@ -102,9 +90,8 @@ def train(
         raise typer.Exit(code)
     best = folder / "best.safetensors"
     scores = _load(best).metadata
-    out.print(
-        f"validation mIoU {scores['mIoU']:.1%} at step {scores['step']}: {best}, {folder / 'preview.png'}"
-    )
+    where = f"{best}, {folder / 'preview.png'}"
+    out.print(f"validation mIoU {scores['mIoU']:.1%} at step {scores['step']}: {where}")
     out.print(f"next: flowseg segment photo.jpg -o mask.png --checkpoint {best}")
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from network import Config, Network
+from network import Config, Features, Network
 
 IGNORE = 255  # label of pixels that count neither in the loss nor in the metric
 
@@ -138,7 +138,7 @@ class FlowSeg(nn.Module):
             raise ValueError(f"x is {tuple(x.shape)}, t {tuple(t.shape)}; expected {shape} and ({B},)")
         return self._velocity(x, t, self.network.encode(image))
 
-    def _velocity(self, x: Tensor, t: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
+    def _velocity(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
         out = self.network(x, t, features)
         return out if self.config.prediction == "v" else (out - x) / time_left(t)
 
@@ -182,7 +182,7 @@ class FlowSeg(nn.Module):
         return (loss + later) / 2, {k: (stats[k] + stats_later[k]) / 2 for k in stats}
 
     def _loss_at(
-        self, x_t: Tensor, t: Tensor, features: tuple[Tensor, Tensor], labels: Tensor
+        self, x_t: Tensor, t: Tensor, features: Features, labels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss and diagnostics at one state, and the detached estimate x1_hat (B, dims, H, W)."""
         c, left = self.config, time_left(t)

@@ -32,7 +32,7 @@ class Config:
     field_ratio: int = 1  # r, expansion inside a neural-field block
     conv_width: int = 32  # channels of the convolutional image encoder; 0: the image enters as raw pixels
     # Flow: the defaults are the method, the other values its ablations
-    dims: int = 8  # channels of the state = dimension of the centroids
+    dims: int = 16  # channels of the state = dimension of the centroids
     encoding: Literal["kronecker", "golden"] = "kronecker"
     source: Literal["image", "noise"] = "image"
     states: Literal["own", "truth", "start"] = "own"  # where states at t > 0 come from: see `FlowSeg.loss`
@@ -174,6 +174,9 @@ class ConvBlock(nn.Module):
         return self.layers(x)
 
 
+Features = tuple[Tensor, Tensor, Tensor]  # (B, L, D), (B L, P P, Dx), (B L, P P, dims): see Network.encode
+
+
 class ImageEncoder(nn.Module):
     """Convolutional pyramid with a top-down path, run once per image and reused by every step of the flow.
 
@@ -239,6 +242,9 @@ class Network(nn.Module):
         pixel_channels, token_channels = self.encoder.out_channels if self.encoder else (0, 3 * p * p)
         self.image_to_token = nn.Linear(token_channels, c.hidden, bias=False)
         self.image_to_pixel = nn.Linear(3 + pixel_channels, c.field_width, bias=False)
+        self.image_to_velocity = nn.Linear(
+            3 + pixel_channels, c.dims, bias=False
+        )  # past the norm of the head
         self.apply(self._initialise)
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
@@ -251,8 +257,8 @@ class Network(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What the image adds, in every step, to tokens (B, L, D) and to pixel queries (B L, P P, Dx)."""
+    def encode(self, image: Tensor) -> Features:
+        """What the image adds in every step: to tokens, to pixel queries and to the velocity itself."""
         p = self.config.patch_size
         pixels, coarse = image, patches(image, p).flatten(2)  # coarse: (B, L, channels)
         if self.encoder:
@@ -261,7 +267,11 @@ class Network(nn.Module):
             pixels = torch.cat([image, F.interpolate(fine, scale_factor=2, mode="bilinear")], dim=1)
         query = patches(pixels, p).flatten(0, 1).flatten(2).transpose(1, 2)  # (B L, P P, 3 + C)
         position = dct(p, image.device) @ self.pixel_embed.weight[:, self.config.dims :].T
-        return self.image_to_token(coarse), self.image_to_pixel(query) + position
+        return (
+            self.image_to_token(coarse),
+            self.image_to_pixel(query) + position,
+            self.image_to_velocity(query),
+        )
 
     def time(self, t: Tensor) -> Tensor:
         """Embedding (B, D) of t (B,) in [0, 1], in float32 also under autocast."""
@@ -270,12 +280,12 @@ class Network(nn.Module):
         with torch.autocast(t.device.type, enabled=False):
             return self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
-    def forward(self, x: Tensor, t: Tensor, features: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
         """x: (B, dims, H, W), t: (B,) -> (B, dims, H, W) float32."""
         B, C, H, W = x.shape
         p = self.config.patch_size
         h, w = H // p, W // p
-        image_tokens, image_query = features
+        image_tokens, image_query, image_velocity = features
         cells = patches(x, p)  # (B, L, C, P, P)
         time = self.time(t)[:, None]  # (B, 1, D)
 
@@ -290,5 +300,5 @@ class Network(nn.Module):
         q = F.linear(pixels, self.pixel_embed.weight[:, :C], self.pixel_embed.bias) + image_query
         for block in self.field:
             q = block(q, s.squeeze(1))
-        out = self.head(self.head_norm(q)).float()  # (B L, P P, C)
+        out = (self.head(self.head_norm(q)) + image_velocity).float()  # (B L, P P, C)
         return out.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)

@@ -21,7 +21,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # no other decoder ever
 SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {".jpg": "JPEG", ".tif": "TIFF"}
 IGNORE = 255
 PAPER, INK, RULE, GRID = (250, 250, 248), (38, 42, 48), (140, 143, 148), (226, 227, 229)
-LINES = ((31, 105, 183), (219, 96, 32), (30, 140, 95), (158, 68, 148), (190, 140, 0), (95, 100, 108))
 
 
 class PictureError(Exception):
@@ -226,52 +225,3 @@ def _fit(image: Image.Image, side: int, enlarge: Image.Resampling = Image.Resamp
     scale = max(1, round(scale)) if scale > 0.7 else scale
     size = [max(1, round(n * scale)) for n in image.size]
     return image.resize(size, enlarge if scale >= 1 else Image.Resampling.BOX)
-
-
-def curves(
-    series: dict[str, list[tuple[float, float]]],
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    size: tuple[int, int] = (900, 540),
-) -> Image.Image:
-    """A plot of named lines of (x, y), drawn three times as large and reduced so that they are smooth."""
-    width, height = 3 * size[0], 3 * size[1]
-    em = int(np.clip(min(size) / 12, 36, 150))
-    font = ImageFont.load_default(em)
-    lines = [[point for point in points if all(map(math.isfinite, point))] for points in series.values()]
-    xs, ys = (_ticks([point[axis] for line in lines for point in line]) for axis in (0, 1))
-    left, right = 2 * em + max(font.getlength(f"{y:,.10g}") for y in ys), width - 2 * em
-    top, bottom, name_x = 6 * em + em // 2, height - 4 * em, left
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return np.interp(x, xs[[0, -1]], (left, right)), np.interp(y, ys[[0, -1]], (bottom, top))
-
-    sheet = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for x in xs:
-        draw.line((at(x, ys[0]), at(x, ys[-1])), GRID, 3)
-        draw.text((at(x, 0)[0], bottom + em / 2), f"{x:,.10g}", INK, font, anchor="mt")
-    for y in ys:
-        draw.line((at(xs[0], y), at(xs[-1], y)), GRID, 3)
-        draw.text((left - em / 2, at(0, y)[1]), f"{y:,.10g}", INK, font, anchor="rm")
-    for name, line, color in zip(series, lines, LINES * len(lines), strict=False):
-        if line:
-            draw.line([at(*point) for point in line], color, em // 6, joint="curve")
-            draw.circle(at(*line[-1]), em / 5, color)  # all there is to see of a single point
-        draw.text((name_x, 4 * em), name, color, font, anchor="ls")
-        name_x += font.getlength(name) + 2 * em
-    draw.text((left, em), title, INK, ImageFont.load_default(1.25 * em), anchor="lt")
-    draw.text((left, top - em / 2), ylabel, INK, font, anchor="lb")
-    draw.text((right, height - em), xlabel, INK, font, anchor="rb")
-    return sheet.resize(size, Image.Resampling.LANCZOS)
-
-
-def _ticks(values: Sequence[float]) -> np.ndarray:
-    """About six evenly spaced round numbers from below the values to above them."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    span = (high - low or abs(low) or 1.0) / 6
-    unit = 10.0 ** math.floor(math.log10(span))
-    step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= span)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return step * np.arange(first, max(last, first + 1) + 1)

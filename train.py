@@ -55,25 +55,25 @@ class TrainConfig:
     preset: str = "tiny"
     init: str = ""  # weights to start from
     seed: int = 0
-    max_steps: int = 600
-    batch: int = 16  # images per optimizer step
+    max_steps: int = 800
+    batch: int = 8  # images per optimizer step
     accumulate: int = 1  # micro-batches that a batch is split into
     size: int = 96  # side of the training crop; evaluation resizes the short side to it
-    lr: float = 1e-3
+    lr: float = 4e-3
     warmup: int = 100  # steps of linear warm-up, then cosine to zero
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.995
-    eval_every: int = 300
-    save_every: int = 300
-    log_every: int = 20
+    eval_every: int = 400
+    save_every: int = 200
+    log_every: int = 25
     workers: int = 0
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on CUDA, float32 elsewhere
 
 
 SETUPS: dict[str, dict] = {  # what training a preset starts from
     "tiny": {},
-    "small": {"size": 176, "batch": 8, "max_steps": 4000, "eval_every": 1000, "ema": 0.998},
+    "small": {"size": 144, "max_steps": 4000, "eval_every": 1000, "lr": 2e-3, "ema": 0.998},
     "base": {"size": 256, "batch": 64, "max_steps": 160_000, "eval_every": 8000, "lr": 1e-4, "ema": 0.9999},
     "large": {"size": 512, "batch": 16, "max_steps": 160_000, "eval_every": 8000, "lr": 1e-4, "ema": 0.9999},
     "xl": {"size": 512, "batch": 16, "max_steps": 160_000, "eval_every": 8000, "lr": 1e-4, "ema": 0.9999},
@@ -286,11 +286,8 @@ def environment() -> dict[str, str]:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "commit": commit or "unknown",
-    }
+    torch_version = str(torch.__version__)
+    return {"python": platform.python_version(), "torch": torch_version, "commit": commit or "unknown"}
 
 
 def newest_checkpoint(folder: Path | None = None) -> Path:

@@ -184,7 +184,8 @@ def test_image_reaches_the_velocity_and_zero_weights_cut_it_off():
     (image, _), t = batch(), torch.zeros(2)
     x = torch.zeros(2, 3, 16, 16)
     assert not torch.allclose(model.velocity(x, t, image), model.velocity(x, t, -image))
-    for layer in (model.network.image_to_token, model.network.image_to_pixel):
+    network = model.network
+    for layer in (network.image_to_token, network.image_to_pixel, network.image_to_velocity):
         torch.nn.init.zeros_(layer.weight)
     assert torch.equal(model.velocity(x, t, image), model.velocity(x, t, -image))
 

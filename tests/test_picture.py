@@ -439,46 +439,6 @@ def test_small_masks_are_enlarged_without_new_colours():
     assert colors_in(enlarged) == colors_in(picture.colorize(labels, COLORS))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (320, 200), (900, 540), (20000, 100)])
-def test_curves_have_the_size_asked_for(size):
-    assert picture.curves({"a": [(0, 1), (5, 2)]}, "title", "step", "loss", size).size == size
-
-
-def test_curves_draw_every_series_in_its_colour():
-    steps = np.linspace(0, 1000, 60)
-    series = {"up": [(s, s / 10) for s in steps], "down": [(s, 100 - s / 10) for s in steps]}
-    drawn = pixels(picture.curves(series, "two", "step", "mIoU"))
-    for color, slope in zip(picture.LINES[:2], (-1, 1), strict=True):
-        y, x = np.nonzero((np.abs(drawn[120:] - color) <= 12).all(-1))
-        assert len(x) > 200 and np.sign(np.corrcoef(x, y)[0, 1]) == slope
-
-
-@pytest.mark.parametrize(
-    "points",
-    [
-        [],
-        [(3, 7)],
-        [(0, 5), (9, 5)],
-        [(0, float("nan")), (1, 2), (2, float("inf"))],
-        [(0, -1e9), (1, 1e9)],
-        [(1e6, 1e-9), (1e6 + 1, 2e-9)],
-    ],
-)
-def test_curves_accept_degenerate_series(points):
-    blank = pixels(picture.curves({"a": []}, "t", "x", "y"))
-    drawn = pixels(picture.curves({"a": points}, "t", "x", "y"))
-    assert drawn.shape == (540, 900, 3) and (bool(points) == (drawn != blank).any())
-
-
-def test_ticks_are_round_and_hold_the_values():
-    for low, high in ((0, 53), (-0.3, 0.2), (1e-5, 3e-5), (995, 1005), (7, 7)):
-        ticks = picture._ticks([low, high])
-        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
-        step = ticks[1] - ticks[0]
-        assert f"{step:.6e}"[:3] in ("1.0", "2.0", "2.5", "5.0")
-        assert np.allclose(ticks / step, np.rint(ticks / step))
-
-
 def test_a_long_photo_needs_little_memory():
     program = """if True:
         import resource, numpy, picture
