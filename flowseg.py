@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from typer import Argument, Option
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -35,7 +35,7 @@ Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress: results and e
 
 
 class UsageError(Exception):
-    """A command that cannot be carried out as typed; one line: given, expected, fix."""
+    """A command that cannot be carried out as typed; one line."""
 
     exit_code = 2
 
@@ -117,10 +117,8 @@ def evaluate(
     known = model.metadata["classes"]
     data = open_dataset(dataset or model.metadata["dataset"], split, root)
     if list(data.labels.classes) != known:
-        raise UsageError(
-            f"{data.name} has {len(data.labels.classes)} classes, not the {len(known)} that the weights know "
-            f"({', '.join(known[:3])}, ..); pass the data they were trained on with --dataset"
-        )
+        count = f"{len(data.labels.classes)} classes, not the {len(known)}"
+        raise UsageError(f"{data.name} has {count} of the weights; pass what they know with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
     progress = partial(track, description="evaluating", console=console, transient=True)
     size, steps = size or model.metadata["size"], steps or model.config.steps
@@ -130,10 +128,14 @@ def evaluate(
         for name, iou, pixels in zip(known, metrics.iou, metrics.confusion.sum(1), strict=True)
     ]
     if json_file:
-        _write_json(json_file, {**metrics.scores, "classes": classes, "protocol": protocol})
-    rows = [
-        (c["name"], "absent" if c["IoU"] is None else f"{c['IoU']:.1%}", f"{c['pixels']:,}") for c in classes
-    ]
+        try:
+            json_file.write_text(
+                json.dumps(metrics.scores | {"classes": classes, "protocol": protocol}, indent=2)
+            )
+        except OSError as error:
+            raise UsageError(f"cannot write {json_file}: {error.strerror}; choose another --json") from error
+    shown = ["absent" if c["IoU"] is None else f"{c['IoU']:.1%}" for c in classes]
+    rows = [(c["name"], iou, f"{c['pixels']:,}") for c, iou in zip(classes, shown, strict=True)]
     _print_table(("class", "IoU", "labelled pixels"), rows)
     out.print("  ".join(f"{name} {value:.2%}" for name, value in metrics.scores.items()), style="bold")
     out.print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
@@ -146,15 +148,9 @@ def segment(
     checkpoint: Annotated[Path | None, Option(help=f"Weights or run directory; {NEWEST}.")] = None,
     steps: Steps = None,
     size: Size = None,
-    overlay: Annotated[
-        bool, Option("--overlay", help="Also draw the mask over the photo, with a legend.")
-    ] = False,
-    confidence: Annotated[
-        bool, Option("--confidence", help="Also write the class's probability, 0..255.")
-    ] = False,
-    trajectory: Annotated[
-        bool, Option("--trajectory", help="Also draw the flow from photo to mask.")
-    ] = False,
+    overlay: Annotated[bool, Option("--overlay", help="Also draw the mask over the photo.")] = False,
+    confidence: Annotated[bool, Option("--confidence", help="Also write the probability, 0..255.")] = False,
+    trajectory: Annotated[bool, Option("--trajectory", help="Also draw the steps of the flow.")] = False,
     force: Annotated[bool, Option("--force", help="Overwrite outputs that exist.")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -165,9 +161,7 @@ def segment(
     photos = find_photos(paths)
     single = len(photos) == 1 and output.suffix.lower() == ".png"
     if output.suffix and not single:
-        raise UsageError(
-            f"-o {output} for {len(photos)} photos; expected one .png for one photo, or a folder"
-        )
+        raise UsageError(f"-o {output} for {len(photos)} photos; expected a .png for one, or a folder")
     model = _load(checkpoint, device)
     wanted = {"overlay": overlay, "confidence": confidence, "trajectory": trajectory}
     failed = 0
@@ -179,9 +173,7 @@ def segment(
         try:
             for file in files.values():
                 if file.exists() and (file.samefile(path) or not force):
-                    raise PictureError(
-                        f"{file} exists; choose another -o, or pass --force (never for the photo)"
-                    )
+                    raise PictureError(f"{file} exists; choose another -o, or --force (never for a photo)")
             target.parent.mkdir(parents=True, exist_ok=True)
             _segment_one(model, path, files, steps or model.config.steps, size or model.metadata["size"])
         except (PictureError, OSError) as error:
@@ -189,8 +181,7 @@ def segment(
             err.print(f"error: {error}", style="red", markup=False)
         else:
             out.print(f"{path} -> {target}", markup=False)
-    if failed:
-        raise typer.Exit(1)
+    raise typer.Exit(min(failed, 1))
 
 
 def _segment_one(model, path: Path, files: dict[str, Path], steps: int, size: int) -> None:
@@ -199,7 +190,7 @@ def _segment_one(model, path: Path, files: dict[str, Path], steps: int, size: in
     from PIL import Image
 
     import picture
-    from train import segment_photo, to_input
+    from model import segment_photo, to_input
 
     photo = picture.read_photo(path)
     labels, probability = segment_photo(model, photo, size, steps)
@@ -222,9 +213,7 @@ def _segment_one(model, path: Path, files: dict[str, Path], steps: int, size: in
 def info(
     what: Annotated[str | None, Argument(help="A data set or a checkpoint; nothing: this machine.")] = None,
     root: Root = None,
-    limit: Annotated[
-        int | None, Option(min=1, help="Images to check per split; all of a folder if not given.")
-    ] = None,
+    limit: Annotated[int | None, Option(min=1, help="Most images to check per split.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is here: the machine; a data set, with every problem found; or what a checkpoint holds."""
@@ -283,9 +272,8 @@ def _print_dataset(facts: dict) -> None:
     _print_table(("class", "id", "raw value", *parts), rows)
     for split, part in parts.items():
         ignored = part["ignored"] / max(1, part["ignored"] + sum(part["pixels"]))
-        out.print(
-            f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} of it ignored"
-        )
+        counts = f"{part['images']:,} images, {part['checked']:,} checked"
+        out.print(f"{split}: {counts}, {ignored:.1%} of their pixels ignored")
     for problem in facts["problems"]:
         out.print(f"problem: {problem}", style="red", markup=False)
     out.print(f"problems: {len(facts['problems']) or 'none'}")
@@ -293,9 +281,8 @@ def _print_dataset(facts: dict) -> None:
 
 def _print_table(columns: tuple, rows: list[tuple]) -> None:
     """Names to the left, numbers to the right; as wide as it needs to be when piped."""
-    table = Table(*columns, box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    names = (Column(name, justify="right") for name in columns[1:])
+    table = Table(columns[0], *names, box=None)
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -312,13 +299,6 @@ def _load(checkpoint: Path | None, device: str = "auto"):
     return FlowSeg.load(checkpoint, pick_device(device))
 
 
-def _write_json(path: Path, value: dict) -> None:
-    try:
-        path.write_text(json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another file with --json") from error
-
-
 def main() -> None:
     """Run the command line; turn an error into one line and its exit code."""
     try:
@@ -329,13 +309,9 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         code = getattr(error, "exit_code", 1)
-        known = hasattr(error, "exit_code")
         text = error.format_message() if hasattr(error, "format_message") else str(error)
-        text = (
-            text
-            if known
-            else f"{type(error).__name__}: {text} (this may be a bug: flowseg --debug shows where)"
-        )
+        if not hasattr(error, "exit_code"):
+            text = f"{type(error).__name__}: {text} (this may be a bug: flowseg --debug shows where)"
         err.print("error: " + " ".join(text.split()), style="red", markup=False)
     sys.exit(code or 0)
 

@@ -10,15 +10,18 @@ Time runs from t = 0 (photo) to t = 1 (mask). Everything is channels first; dist
 The file reads in the order of the method: encoding, potential, FlowSeg; the network is in network.py.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -344,3 +347,42 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict) 
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def start_from(model: FlowSeg, path: str) -> None:
+    """Copy the network weights of a checkpoint; they do not depend on the number of classes."""
+    weights, own = FlowSeg.load(path).network.state_dict(), model.network.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (own, weights)]
+    wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    if wrong:
+        raise CheckpointError(
+            f"{path} has another network ({wrong[0]} and {len(wrong) - 1} more); match --preset"
+        )
+    model.network.load_state_dict(weights)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 of all weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- photos
+
+
+def to_input(photo: Image.Image, size: int) -> Tensor:
+    """PIL image -> (1, 3, h, w) in [-1, 1], short side `size`, long side at most 4 times that."""
+    scale = min(size / min(photo.size), 4 * size / max(photo.size))
+    width, height = (max(1, round(side * scale)) for side in photo.size)
+    if (width, height) != photo.size:
+        photo = photo.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def segment_photo(model: FlowSeg, photo: Image.Image, size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Train ids (H, W) uint8 and their probabilities (H, W) float32, at the photo's own size."""
+    x = model.sample(to_input(photo, size).to(model.centroids.device), steps)
+    labels, confidence = model.decode(x, photo.size[::-1])
+    return labels[0].byte().cpu().numpy(), confidence[0].cpu().numpy()

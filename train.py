@@ -9,7 +9,6 @@ other commands read), state.safetensors (weights, EMA, optimizer, step: what res
 """
 
 import copy
-import hashlib
 import json
 import math
 import platform
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
@@ -34,7 +32,7 @@ from torch.utils.data import DataLoader
 
 import picture
 from data import IGNORE, Folder, Shapes, Stream, nearest, open_dataset
-from model import CheckpointError, FlowSeg, write_tensors
+from model import CheckpointError, FlowSeg, segment_photo, start_from, weights_hash, write_tensors
 from network import PRESETS, Config
 
 Dataset = Folder | Shapes
@@ -96,6 +94,8 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
         raise RunError(f"--preset {preset}: expected {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     values = PRESETS[preset] | SETUPS[preset] | given
     config = TrainConfig(**_only(TrainConfig, values))
+    if config.dtype not in ("auto", "float32", "bfloat16"):
+        raise RunError(f"dtype is {config.dtype!r}; expected auto, float32 or bfloat16")
     values["num_classes"] = len(open_dataset(config.dataset, "training", config.root).labels.classes)
     try:
         model_config = Config(**_only(Config, values))
@@ -148,22 +148,6 @@ def confusion_matrix(labels: np.ndarray, prediction: np.ndarray, num_classes: in
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def to_input(photo: Image.Image, size: int) -> Tensor:
-    """PIL image -> (1, 3, h, w) in [-1, 1], short side `size`, long side at most 4 times that."""
-    scale = min(size / min(photo.size), 4 * size / max(photo.size))
-    width, height = (max(1, round(side * scale)) for side in photo.size)
-    if (width, height) != photo.size:
-        photo = photo.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def segment_photo(model: FlowSeg, photo: Image.Image, size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Train ids (H, W) uint8 and their probabilities (H, W) float32, at the photo's own size."""
-    x = model.sample(to_input(photo, size).to(model.centroids.device), steps)
-    labels, confidence = model.decode(x, photo.size[::-1])
-    return labels[0].byte().cpu().numpy(), confidence[0].cpu().numpy()
-
-
 def evaluate(
     model: FlowSeg, dataset: Dataset, size: int, steps: int, track: Callable = iter
 ) -> tuple[Metrics, dict]:
@@ -180,14 +164,6 @@ def evaluate(
                 "short_side": size, "compared_at": "original size", "steps": steps,
                 "weights": weights_hash(model)}  # fmt: skip
     return Metrics(confusion), protocol
-
-
-def weights_hash(model: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 of all weights, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- run directory
@@ -212,9 +188,7 @@ def claim(folder: Path, config: dict) -> None:
         if stored.get(part, {}).get(name) != value
     ]
     if changed:
-        raise RunError(
-            f"{folder} holds another run ({'; '.join(changed)}): repeat its options or choose --out"
-        )
+        raise RunError(f"{folder} holds another run ({'; '.join(changed)}): repeat its options, or use --out")
 
 
 def log(folder: Path, **values: float) -> None:
@@ -367,35 +341,19 @@ def progress_line(console: Console, total: int, done: int) -> Iterator[Callable[
         yield report
 
 
-def start_from(model: FlowSeg, path: str) -> None:
-    """Copy the network weights of a checkpoint; they do not depend on the number of classes."""
-    weights, own = FlowSeg.load(path).network.state_dict(), model.network.state_dict()
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (own, weights)]
-    wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
-    if wrong:
-        raise CheckpointError(
-            f"{path} has another network ({wrong[0]} and {len(wrong) - 1} more); match --preset"
-        )
-    model.network.load_state_dict(weights)
-
-
 def train(
     config: TrainConfig,
     model_config: Config,
     folder: Path,
     device: torch.device,
     console: Console,
-    kind: type[FlowSeg] = FlowSeg,
 ) -> int:
-    """Train or continue the run in `folder`; returns 0, or 128 + the number of the signal that stopped it.
-
-    kind: FlowSeg, or what an experiment derives from it.
-    """
+    """Train or continue the run in `folder`; returns 0, or 128 + the number of the signal that stopped it."""
     data = open_dataset(config.dataset, "training", config.root)
     held_out = open_dataset(config.dataset, "validation", config.root)
     claim(folder, {"train": asdict(config), "model": asdict(model_config)})
     torch.manual_seed(config.seed)
-    model = kind(model_config)
+    model = FlowSeg(model_config)
     if config.init:
         start_from(model, config.init)
     model = model.to(device)

@@ -24,14 +24,14 @@ def imports(path):
 
 
 def test_line_budget():
-    budget = {"model": 420, "train": 460, "data": 450, "flowseg": 360}
+    budget = {"model": 420, "train": 420, "data": 450, "flowseg": 320}
     lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
     assert {name: lines[name] for name, most in budget.items() if lines[name] > most} == {}
     assert sum(lines.values()) <= 2200
 
 
 def test_imports_point_one_way():
-    order = ["picture", "network", "model", "data", "train", "flowseg"]
+    order = ["shapes", "picture", "network", "model", "data", "train", "flowseg"]
     for name in order:
         later = set(order[order.index(name) :])
         assert not later & set(imports(MODULES[name])), name
@@ -46,7 +46,7 @@ def test_only_the_declared_dependencies_are_imported():
 def test_modules_of_the_package_are_the_files():
     project = (ROOT / "pyproject.toml").read_text()
     listed = project.split("py-modules = [")[1].split("]")[0]
-    assert {name.strip(' "') for name in listed.split(",")} == set(MODULES) - {"ablate"}
+    assert {name.strip(' "') for name in listed.split(",")} == set(MODULES)
 
 
 def test_presets_change_known_fields_only():

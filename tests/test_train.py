@@ -12,9 +12,9 @@ from rich.console import Console
 
 import train as training
 from data import Shapes
-from model import CheckpointError, FlowSeg
+from model import CheckpointError, FlowSeg, start_from, to_input
 from network import PRESETS
-from train import Metrics, RunError, TrainConfig, confusion_matrix, evaluate, learning_rate, resolve, to_input
+from train import Metrics, RunError, TrainConfig, confusion_matrix, evaluate, learning_rate, resolve
 
 TINY = [
     "hidden=16",
@@ -151,6 +151,7 @@ def test_precedence_is_setting_then_option_then_preset_then_default():
     ({"preset": "tinny"}, [], "--preset tinny: expected tiny, .*did you mean 'tiny'"),
     ({"objective": "reshape"}, [], "objective is 'reshape'; expected reshaped or vanilla"),
     ({}, ["epsilon=1"], r"--set epsilon=1: expected FIELD=VALUE.*did you mean 'eps'"),
+    ({}, ["dtype=half"], "dtype is 'half'; expected auto, float32 or bfloat16"),
     ({}, ["eps=small"], "--set eps=small: expected a float"), ({}, ["eps"], "--set eps: expected a float"),
     ({"size": 50}, [], "size is 50; expected a multiple of 8"),
     ({"batch": 5}, ["accumulate=2"], "batch is 5; expected a multiple of 2"),
@@ -265,7 +266,7 @@ def test_init_starts_from_the_weights_of_another_run(tmp_path):
     best = str(tmp_path / "first" / "best.safetensors")
     model = FlowSeg.load(best)
     other = FlowSeg(replace(model.config, num_classes=3))  # the weights fit any number of classes
-    training.start_from(other, best)
+    start_from(other, best)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     with pytest.raises(CheckpointError, match=r"has another network .*match --preset"):
         run(tmp_path / "second", "hidden=32", steps=1, init=best)
