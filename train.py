@@ -62,7 +62,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.995
-    eval_every: int = 400
+    eval_every: int = 800
     save_every: int = 200
     log_every: int = 25
     workers: int = 0
