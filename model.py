@@ -70,10 +70,7 @@ ENCODINGS = {"kronecker": kronecker, "golden": golden}
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
     """||x_m - mu_k||^2 for x (M, dims) -> (M, N), by direct differences: |x|^2 - 2 x.mu + |mu|^2 would cancel
     near a centroid, exactly where 1/(d + eps) matters."""
-    d = x.new_zeros(len(x), len(centroids))
-    for i in range(x.shape[1]):
-        d += (x[:, i, None] - centroids[:, i]).square_()
-    return d
+    return torch.cdist(x, centroids, compute_mode="donot_use_mm_for_euclid_dist").square_()
 
 
 def log_potential(d: Tensor, eps: float, transform: str) -> tuple[Tensor, Tensor]:
@@ -106,11 +103,11 @@ def potential_gradient(
         logits, slope = log_potential(squared_distances(x_i, centroids), eps, transform)
         log_p = F.log_softmax(logits / tau, dim=1)
         phi[i : i + chunk] = -log_p.gather(1, y_i)[:, 0]
-        weight = -slope * log_p.exp_()
-        weight.scatter_add_(1, y_i, slope.gather(1, y_i))  # ([k = y] - p_k) s_k
-        for j in range(x.shape[1]):
-            pull = (x_i[:, j, None] - centroids[:, j]).mul_(weight)
-            grad[i : i + chunk, j] = (2 / tau) * pull.sum(1)
+        weight = slope * log_p.exp_()  # p_k s_k
+        own = slope.gather(1, y_i) - weight.gather(1, y_i)  # (1 - p_y) s_y, taken first: it cancels most
+        weight.scatter_(1, y_i, 0)
+        repel = weight.sum(1, keepdim=True) * x_i - weight @ centroids
+        grad[i : i + chunk] = (2 / tau) * (own * (x_i - centroids[y_i[:, 0]]) - repel)
     return phi, grad
 
 
