@@ -14,17 +14,16 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from picture import SUFFIXES, PictureError, read_photo
 from shapes import GROUND, HUES, THINGS, scene
 
 IGNORE = 255
 SPLITS = ("training", "validation", "test")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 EXAMPLE = "images/<split>/, annotations/<split>/ and dataset.toml with the line: classes = ['sky', 'road']"
 
 
@@ -38,9 +37,6 @@ class DataError(Exception):
         return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.DataError: ")
 
 
-# ---- label tables --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LabelTable:
     """Raw mask value -> train id -> class name."""
@@ -49,23 +45,16 @@ class LabelTable:
     ids: tuple[int, ...]  # raw value of each class, 0..65535
     ignore: tuple[int, ...]  # raw values that become 255
 
-    @cached_property
-    def lookup(self) -> np.ndarray:
-        """Train id by raw value, (M,) int16, -1 = unknown; the last entry stands for all values beyond."""
-        lookup = np.full(max(*self.ids, *self.ignore, 255) + 2, -1, np.int16)
-        lookup[list(self.ids)] = np.arange(len(self.ids))
-        lookup[list(self.ignore)] = IGNORE
-        return lookup
-
     def to_train(self, raw: np.ndarray, where: str) -> np.ndarray:
         """(H, W) raw integers -> (H, W) uint8 train ids; DataError names `where` and the unknown value."""
-        last = len(self.lookup) - 1
-        labels = self.lookup[raw if raw.dtype == np.uint8 else np.where((raw < 0) | (raw > last), last, raw)]
+        lookup = np.full(max(*self.ids, *self.ignore, 255) + 2, -1, np.int16)  # the last: all values beyond
+        lookup[list(self.ids)] = np.arange(len(self.ids))
+        lookup[list(self.ignore)] = IGNORE
+        last = len(lookup) - 1
+        labels = lookup[raw if raw.dtype == np.uint8 else np.where((raw < 0) | (raw > last), last, raw)]
         if labels.min() < 0:
-            raise DataError(
-                f"{where}: raw value {raw[labels < 0][0]} is in neither ids nor ignore; expected "
-                f"ids in {min(self.ids)}..{max(self.ids)}; add it to one list in dataset.toml"
-            )
+            fix = f"expected ids in {min(self.ids)}..{max(self.ids)}; add it to one list in dataset.toml"
+            raise DataError(f"{where}: raw value {raw[labels < 0][0]} is in neither ids nor ignore; {fix}")
         return labels.astype(np.uint8)
 
 
@@ -75,76 +64,56 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def _values(given: dict, key: str, kind: type, default: list) -> tuple:
-    """Read a list of different integers or names; ValueError otherwise."""
-    values = given.get(key, default)
-    good = isinstance(values, list) and all(type(value) is kind for value in values)
-    if not good or len(set(values)) < len(values):
-        raise ValueError(f"{key} must be a list of different {kind.__name__} values, not {values!r}")
-    return tuple(values)
-
-
 def _parse_toml(text: str) -> tuple[str | None, LabelTable, dict[str, str]]:
     """Return name, label table and the folder name of each split; ValueError says what is wrong."""
     given, known = tomllib.loads(text), ("name", "classes", "ids", "ignore", "splits")
     for key in given:
         if key not in known:
             raise ValueError(f"unknown key {key!r}; expected {', '.join(known)}{nearest(key, known)}")
-    name, classes = given.get("name"), _values(given, "classes", str, [])
-    ids, ignore = _values(given, "ids", int, [*range(len(classes))]), _values(given, "ignore", int, [])
-    splits = _values(given, "splits", str, [*SPLITS])
+
+    def values(key: str, kind: type, default: list) -> tuple:
+        found = given.get(key, default)
+        good = isinstance(found, list) and all(type(value) is kind for value in found)
+        if not good or len(set(found)) < len(found):
+            raise ValueError(f"{key} must be a list of different {kind.__name__} values, not {found!r}")
+        return tuple(found)
+
+    classes, ignore = values("classes", str, []), values("ignore", int, [])
+    ids, splits = values("ids", int, [*range(len(classes))]), values("splits", str, [*SPLITS])
     if not 1 <= len(classes) <= IGNORE:
         raise ValueError(f"classes has {len(classes)} names; expected 1 to 255, since train id 255 is void")
     if len(ids) != len(classes) or not all(0 <= value < 65536 for value in ids + ignore):
         raise ValueError(f"{len(ids)} ids for {len(classes)} classes; expected one each, all within 0..65535")
-    if set(ids) & set(ignore):
-        raise ValueError(f"raw values {sorted(set(ids) & set(ignore))} are in both ids and ignore; keep one")
-    if len(splits) != 3 or not isinstance(name, str | None):
+    if both := set(ids) & set(ignore):
+        raise ValueError(f"raw values {sorted(both)} are in both ids and ignore; keep one")
+    if len(splits) != 3 or not isinstance(given.get("name", ""), str):
         raise ValueError(f"name must be a string, and splits the three folders of {', '.join(SPLITS)}")
-    return name, LabelTable(classes, ids, ignore), dict(zip(SPLITS, splits, strict=True))
-
-
-# ---- folders of images and annotations -----------------------------------------------------------
-
-
-def _load(path: Path) -> Image.Image:
-    """Decode a whole image file, turned upright as its EXIF orientation says."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's decoders raise a dozen kinds; each means this file
-        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
-
-
-def read_image(path: Path) -> Image.Image:
-    """Read any image as upright RGB; DataError names a file that cannot be read."""
-    image = _load(path)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+    return given.get("name"), LabelTable(classes, ids, ignore), dict(zip(SPLITS, splits, strict=True))
 
 
 def read_mask(path: Path) -> np.ndarray:
     """Read a mask's raw values as (H, W) integers; a palette image gives its indices."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise DataError(f"{path}: a mask saved as JPEG, which changes its values; save masks as PNG")
-    image = _load(path)
-    if image.mode[0] not in "1LPI" or image.mode in ("LA", "La", "PA", "LAB"):
-        raise DataError(
-            f"{path}: a mask saved as {image.mode}; expected one value per pixel; save it as "
-            "8-bit grey or palette PNG"
-        )
-    return np.array(image, np.int32 if image.mode.startswith("I") else np.uint8)
+    try:
+        with Image.open(path) as image:
+            mask = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's decoders raise a dozen kinds; each means this file
+        raise DataError(f"{path}: cannot be read ({error}); replace or remove it") from None
+    if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        wanted = "one value per pixel; save it as 8-bit grey or palette PNG"
+        raise DataError(f"{path}: a mask saved as {mask.mode}; expected {wanted}")
+    return np.array(mask, np.int32 if mask.mode.startswith("I") else np.uint8)
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     """Image files below a folder by relative path without suffix, in natural order, hidden files skipped."""
 
-    def natural(path: Path) -> tuple:  # a2 before a10
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))], path
-
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*"), key=natural):
+    padded = [
+        (re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(path)), path) for path in folder.rglob("*")
+    ]
+    for _, path in sorted(padded):  # a2 before a10
         name = path.relative_to(folder)
         if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.parts):
             continue
@@ -175,7 +144,16 @@ class Folder:
                 raise DataError(f"{folder}: no such folder; make it, or name the folders by splits in {toml}")
         images, masks = map(_by_stem, dirs)
         self.pairs = [(images[stem], masks[stem]) for stem in images if stem in masks]
-        self.unpaired = _alone(images, masks, "annotation", dirs[1]) + _alone(masks, images, "image", dirs[0])
+        self.unpaired = []
+        for files, others, kind, folder in (
+            (images, masks, "annotation", dirs[1]),
+            (masks, images, "image", dirs[0]),
+        ):
+            alone = [path for stem, path in files.items() if stem not in others]
+            count = f"{len(alone)} of {len(files)} files have none"
+            self.unpaired += [
+                f"{path}: no {kind} with the same stem in {folder}; {count}" for path in alone[:1]
+            ]
         if not images:
             raise DataError(f"{dirs[0]}: holds no image; expected files such as a.jpg with {dirs[1]}/a.png")
         if strict and len(self.pairs) < len(images):
@@ -190,27 +168,14 @@ class Folder:
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray, str]:
         """Read the image, its raw mask (H, W), which must have its size, and the mask's path."""
-        image, raw = read_image(self.pairs[index][0]), read_mask(self.pairs[index][1])
+        try:
+            image, raw = read_photo(self.pairs[index][0]), read_mask(self.pairs[index][1])
+        except PictureError as error:
+            raise DataError(str(error)) from None
         if image.size != raw.shape[::-1]:
             sizes = "its mask is {1} x {0}, the image {2} x {3} pixels".format(*raw.shape, *image.size)
-            raise DataError(f"{self.where(index)}: {sizes}; expected equal sizes; export the mask again")
+            raise DataError(f"{self.pairs[index][0]}: {sizes}; expected equal sizes; export the mask again")
         return image, raw, str(self.pairs[index][1])
-
-    def where(self, index: int) -> str:
-        """Path of the image."""
-        return str(self.pairs[index][0])
-
-
-def _alone(files: dict[str, Path], others: dict[str, Path], kind: str, folder: Path) -> list[str]:
-    """Describe files without a partner in at most one line."""
-    alone = [path for stem, path in files.items() if stem not in others]
-    return [
-        f"{path}: no {kind} with the same stem in {folder}; {len(alone)} of {len(files)} files have none"
-        for path in alone[:1]
-    ]
-
-
-# ---- the built-in set ---------------------------------------------------------------------------
 
 
 class Shapes:
@@ -231,14 +196,11 @@ class Shapes:
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray, str]:
         """Draw a scene; its raw values are its train ids."""
+        where = f"{self.name}/{self.split}/{index}"
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.where(index)}: expected an index below {len(self)}")
+            raise IndexError(f"{where}: expected an index below {len(self)}")
         image, fine = scene(np.random.default_rng([self.seed, SPLITS.index(self.split), index]))
-        return image, fine if self.fine else fine // len(HUES), self.where(index)
-
-    def where(self, index: int) -> str:
-        """A name for the scene, such as shapes/training/123."""
-        return f"{self.name}/{self.split}/{index}"
+        return image, fine if self.fine else fine // len(HUES), where
 
 
 def open_dataset(dataset: str, split: str, root: Path | None = None, strict: bool = True) -> Folder | Shapes:
@@ -248,18 +210,12 @@ def open_dataset(dataset: str, split: str, root: Path | None = None, strict: boo
     if dataset in ("shapes", "shapes-fine"):
         return Shapes(split, fine=dataset == "shapes-fine")
     root = Path(root or os.environ.get("FLOWSEG_DATA") or "~/.cache/flowseg").expanduser()
-    named = (root / dataset / "dataset.toml").is_file()
-    folder = root / dataset if named else Path(dataset).expanduser()
+    folder = root / dataset if (root / dataset / "dataset.toml").is_file() else Path(dataset).expanduser()
     if folder.is_dir():
         return Folder(folder, split, strict)
     known = ["shapes", "shapes-fine", *(path.parent.name for path in root.glob("*/dataset.toml"))]
-    raise DataError(
-        f"data set {dataset!r} not found; expected {', '.join(known)} or a folder with {EXAMPLE}"
-        f"{nearest(dataset, known)}"
-    )
-
-
-# ---- augmentation and order: mmsegmentation's standard pipeline ----------------------------------
+    hint = f"expected {', '.join(known)} or a folder with {EXAMPLE}{nearest(dataset, known)}"
+    raise DataError(f"data set {dataset!r} not found; {hint}")
 
 
 def augment(image: Image.Image, labels: np.ndarray, size: int, rng: np.random.Generator) -> tuple:
@@ -334,25 +290,13 @@ class Stream:
         return np.ascontiguousarray(np.moveaxis(np.asarray(image), 2, 0)), np.array(labels), index
 
 
-# ---- a look at a whole data set ------------------------------------------------------------------
+def problems(dataset: Folder | Shapes, limit: int | None = None) -> tuple[dict, list[str]]:
+    """Read up to `limit` evenly spaced samples, or all: counts, and one line for every kind of problem.
 
-
-@dataclass
-class Scan:
-    """What `problems` found."""
-
-    count: int  # samples looked at
-    histogram: np.ndarray  # (N,) int64 pixels by train id
-    ignored: int  # pixels labelled 255
-    problems: list[str]  # one line each: first file, what, how many, fix
-
-
-def problems(dataset: Folder | Shapes, limit: int | None = None) -> Scan:
-    """Read up to `limit` evenly spaced samples (all by default) and report every kind of problem once."""
-    total = len(dataset)
+    Counts: images, checked, pixels by train id, ignored pixels. A line: first file, what, how many, fix.
+    """
+    total, pixels, errors = len(dataset), Counter(), {}
     indices = np.unique(np.linspace(0, total - 1, min(total, limit or total)).astype(int))
-    pixels: Counter[int] = Counter()
-    errors: dict[str, list[str]] = {}
     for index in indices:
         try:
             _, raw, where = dataset.read(int(index))
@@ -361,10 +305,9 @@ def problems(dataset: Folder | Shapes, limit: int | None = None) -> Scan:
         except DataError as error:  # one kind: the words after the file's name, up to a number or a bracket
             errors.setdefault(re.split(r"[\d(]", str(error).partition(": ")[2])[0], []).append(str(error))
     found = [first + f" (and {len(more)} more such files)" * bool(more) for first, *more in errors.values()]
-    histogram = np.array([pixels[value] for value in dataset.labels.ids], np.int64)
-    ignored = sum(pixels[value] for value in dataset.labels.ignore)
-    found = [*dataset.unpaired, *_hints(set(pixels), dataset.labels), *found]
-    return Scan(len(indices), histogram, ignored, found)
+    ids, ignored = ([pixels[raw] for raw in raws] for raws in (dataset.labels.ids, dataset.labels.ignore))
+    counts = {"images": total, "checked": len(indices), "pixels": ids, "ignored": sum(ignored)}
+    return counts, [*dataset.unpaired, *_hints(set(pixels), dataset.labels), *found]
 
 
 def _hints(values: set[int], table: LabelTable) -> list[str]:
@@ -376,8 +319,6 @@ def _hints(values: set[int], table: LabelTable) -> list[str]:
         zero = ", and ignore = [0] if 0 means unlabelled" if 0 in values else ""
         return [f"ids start at 1: values run to {N} for {N} classes; write ids = {[*range(1, N + 1)]}{zero}"]
     if len(unknown) > 8:
-        return [
-            f"{len(unknown)} stray values, as after JPEG or a smooth resize; save masks as PNG and "
-            "resize by nearest neighbour, or list all classes"
-        ]
+        fix = "save masks as PNG and resize by nearest neighbour, or list all classes"
+        return [f"{len(unknown)} stray values, as after JPEG or a smooth resize; {fix}"]
     return ["255 occurs, which usually means unlabelled; then write ignore = [255]"] if 255 in unknown else []

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 out = Console(soft_wrap=True, highlight=False)
@@ -28,16 +28,9 @@ Dataset = Annotated[str | None, Option(help="shapes (built in), a name under the
 Root = Annotated[Path | None, Option(help="Data root; else $FLOWSEG_DATA, else ~/.cache/flowseg.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Steps = Annotated[int | None, Option(min=1, help="Euler steps; what the weights were made for if not given.")]
-Size = Annotated[
-    int | None, Option(min=8, help="Short side images are resized to; the training size if not given.")
-]
+Size = Annotated[int | None, Option(min=8, help="Short side images are resized to; else the training size.")]
+Settings = Annotated[list[str] | None, Option("--set", metavar="FIELD=VALUE", help="Any other field.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress: results and errors only.")]
-
-
-class UsageError(Exception):
-    """A command that cannot be carried out as typed; one line."""
-
-    exit_code = 2
 
 
 def _version(wanted: bool) -> None:
@@ -71,9 +64,7 @@ def train(
     seed: Annotated[int | None, Option(help="Seed of weights, order, augmentation and noise.")] = None,
     workers: Annotated[int | None, Option(min=0, help="Processes that load images.")] = None,
     device: Device = "auto",
-    settings: Annotated[
-        list[str] | None, Option("--set", metavar="FIELD=VALUE", help="Any other field.")
-    ] = None,
+    settings: Settings = None,
     quiet: Quiet = False,
 ) -> None:
     """Train, or continue a run: the same command goes on where it stopped."""
@@ -84,7 +75,7 @@ def train(
     config, model_config = training.resolve(given, settings or [])  # takes the fields that it knows
     folder = out_dir or Path("runs") / f"{Path(config.dataset).resolve().name}-{config.preset}"
     console = Console(stderr=True, quiet=quiet)
-    code = training.train(config, model_config, folder, training.pick_device(device), console)
+    code = training.train(config, model_config, folder, device, console)
     if code:
         err.print(f"stopped; the state is saved in {folder}: the same command continues", style="yellow")
         raise typer.Exit(code)
@@ -118,7 +109,7 @@ def evaluate(
     data = open_dataset(dataset or model.metadata["dataset"], split, root)
     if list(data.labels.classes) != known:
         count = f"{len(data.labels.classes)} classes, not the {len(known)}"
-        raise UsageError(f"{data.name} has {count} of the weights; pass what they know with --dataset")
+        raise BadParameter(f"{data.name} has {count} of the weights; pass what they know with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
     progress = partial(track, description="evaluating", console=console, transient=True)
     size, steps = size or model.metadata["size"], steps or model.config.steps
@@ -129,11 +120,12 @@ def evaluate(
     ]
     if json_file:
         try:
-            json_file.write_text(
-                json.dumps(metrics.scores | {"classes": classes, "protocol": protocol}, indent=2)
-            )
+            facts = metrics.scores | {"classes": classes, "protocol": protocol}
+            json_file.write_text(json.dumps(facts, indent=2))
         except OSError as error:
-            raise UsageError(f"cannot write {json_file}: {error.strerror}; choose another --json") from error
+            raise BadParameter(
+                f"cannot write {json_file}: {error.strerror}; choose another --json"
+            ) from error
     shown = ["absent" if c["IoU"] is None else f"{c['IoU']:.1%}" for c in classes]
     rows = [(c["name"], iou, f"{c['pixels']:,}") for c, iou in zip(classes, shown, strict=True)]
     _print_table(("class", "IoU", "labelled pixels"), rows)
@@ -161,15 +153,14 @@ def segment(
     photos = find_photos(paths)
     single = len(photos) == 1 and output.suffix.lower() == ".png"
     if output.suffix and not single:
-        raise UsageError(f"-o {output} for {len(photos)} photos; expected a .png for one, or a folder")
+        raise BadParameter(f"-o {output} for {len(photos)} photos; expected a .png for one, or a folder")
     model = _load(checkpoint, device)
-    wanted = {"overlay": overlay, "confidence": confidence, "trajectory": trajectory}
+    wishes = {"overlay": overlay, "confidence": confidence, "trajectory": trajectory}
+    wanted = [name for name, wish in wishes.items() if wish]
     failed = 0
     for path, stem in photos:
         target = output if single else output / f"{stem}.png"
-        files = {"mask": target} | {
-            name: target.with_name(f"{target.stem}-{name}.png") for name, wish in wanted.items() if wish
-        }
+        files = {name: target.with_name(f"{target.stem}-{name}.png") for name in wanted} | {"mask": target}
         try:
             for file in files.values():
                 if file.exists() and (file.samefile(path) or not force):
@@ -254,13 +245,12 @@ def _describe(dataset: str, root: Path | None, limit: int | None) -> dict:
     facts = {"name": dataset, "classes": [], "splits": {}, "problems": []}
     for split in SPLITS:
         data = open_dataset(dataset, split, root, strict=False)
-        scan = problems(data, limit or (None if data.augment else 200))  # scenes are made: a sample is enough
+        limit = limit or (None if data.augment else 200)  # scenes are made: a sample is enough
+        facts["splits"][split], found = problems(data, limit)
         table = zip(data.labels.ids, data.labels.classes, strict=True)
         facts["classes"] = [{"id": i, "raw": raw, "name": name} for i, (raw, name) in enumerate(table)]
         facts["ignore"] = list(data.labels.ignore)
-        facts["splits"][split] = {"images": len(data), "checked": scan.count, "ignored": int(scan.ignored),
-                                  "pixels": [int(n) for n in scan.histogram]}  # fmt: skip
-        facts["problems"] += [f"{split}: {problem}" for problem in scan.problems]
+        facts["problems"] += [f"{split}: {problem}" for problem in found]
     return facts
 
 

@@ -37,8 +37,6 @@ class CheckpointError(Exception):
     exit_code = 5
 
 
-# ---------------------------------------------------------------- category encoding
-
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
 
 
@@ -62,9 +60,6 @@ def _sequence(num_classes: int, alphas: Tensor) -> Tensor:
 
 
 ENCODINGS = {"kronecker": kronecker, "golden": golden}
-
-
-# ---------------------------------------------------------------- distances, potential, decoding
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
@@ -111,9 +106,8 @@ def potential_gradient(
     return phi, grad
 
 
-# ---------------------------------------------------------------- FlowSeg
-
 FORMAT = "flowseg-1"
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v
 
 
 class FlowSeg(nn.Module):
@@ -212,10 +206,7 @@ class FlowSeg(nn.Module):
 
     @torch.no_grad()
     def trajectory(
-        self,
-        image: Tensor,
-        steps: int | None = None,
-        velocity: Callable[[Tensor, Tensor], Tensor] | None = None,
+        self, image: Tensor, steps: int | None = None, velocity: Velocity | None = None
     ) -> Iterator[Tensor]:
         """States x (B, dims, H, W) of the Euler steps x <- x + v(x, i / S) / S, from the photo to the mask.
 
@@ -238,7 +229,7 @@ class FlowSeg(nn.Module):
             x = x + velocity(x, torch.full((len(x),), i / steps, device=x.device)) / steps
             yield x[..., :H, :W]
 
-    def sample(self, image: Tensor, steps: int | None = None, velocity: Callable | None = None) -> Tensor:
+    def sample(self, image: Tensor, steps: int | None = None, velocity: Velocity | None = None) -> Tensor:
         """End state x1 (B, dims, H, W) of `trajectory`: deterministic, the same image gives the same mask."""
         *_, x = self.trajectory(image, steps, velocity)
         return x
@@ -279,14 +270,16 @@ class FlowSeg(nn.Module):
 
     def _check_image(self, image: Tensor) -> None:
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-            given = f"{tuple(image.shape)} {image.dtype}"
-            raise ValueError(f"image is {given}; expected (B, 3, H, W) float in [-1, 1]")
+            raise ValueError(
+                f"image is {tuple(image.shape)} {image.dtype}; expected (B, 3, H, W) float in [-1, 1]"
+            )
 
     def _check_labels(self, labels: Tensor, image: Tensor) -> None:
         expected = (len(image), *image.shape[2:])
         if labels.shape != expected or labels.dtype != torch.int64:
-            given = f"{tuple(labels.shape)} {labels.dtype}"
-            raise ValueError(f"labels are {given}; expected {expected} torch.int64")
+            raise ValueError(
+                f"labels are {tuple(labels.shape)} {labels.dtype}; expected {expected} torch.int64"
+            )
         n = self.config.num_classes
         if labels.device.type == "cpu" and (highest := labels.where(labels != IGNORE, 0).max()) >= n:
             raise ValueError(f"labels run to {highest}; expected 0..{n - 1} or {IGNORE}")  # elsewhere: a wait
@@ -302,9 +295,7 @@ class FlowSeg(nn.Module):
             with safe_open(path, "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != json.dumps(FORMAT):
-                    raise CheckpointError(
-                        f"{path} is not a FlowSeg checkpoint; pass one from `flowseg train`"
-                    )
+                    raise CheckpointError(f"{path} is no FlowSeg checkpoint; pass one from `flowseg train`")
                 metadata = {key: json.loads(value) for key, value in metadata.items()}
                 model = cls(Config(**metadata.pop("config")))
                 model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
@@ -352,9 +343,8 @@ def start_from(model: FlowSeg, path: str) -> None:
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (own, weights)]
     wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     if wrong:
-        raise CheckpointError(
-            f"{path} has another network ({wrong[0]} and {len(wrong) - 1} more); match --preset"
-        )
+        others = f"{wrong[0]} and {len(wrong) - 1} more"
+        raise CheckpointError(f"{path} has another network ({others}); match --preset")
     model.network.load_state_dict(weights)
 
 
@@ -364,9 +354,6 @@ def weights_hash(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- photos
 
 
 def to_input(photo: Image.Image, size: int) -> Tensor:

@@ -8,7 +8,9 @@ Shapes: B images, L = H/P W/P tokens of width D, P P pixels a token, width Dx in
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -49,9 +51,7 @@ class Config:
             if get_args(kind) and getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(get_args(kind))}")
         if self.num_classes < 2 or not 3 <= self.dims <= 16:
-            raise ValueError(
-                f"num_classes is {self.num_classes}, dims {self.dims}; expected 2 or more, 3..16"
-            )
+            raise ValueError(f"num_classes is {self.num_classes}, dims {self.dims}; expected 2 or more, 3-16")
         if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
         if self.eps <= 0 or self.tau <= 0:
@@ -106,9 +106,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, L, h) each
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, h)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -137,9 +135,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(hidden, 6 * hidden)
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(
-            6, dim=-1
-        )  # (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(6, -1)  # (B, 1, D)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -180,24 +176,19 @@ Features = tuple[Tensor, Tensor, Tensor]  # (B, L, D), (B L, P P, Dx), (B L, P P
 class ImageEncoder(nn.Module):
     """Convolutional pyramid with a top-down path, run once per image and reused by every step of the flow.
 
-    (B, 3, H, W) -> features of every second pixel (B, C, H/2, W/2) and of every patch (B, 4C, H/P, W/P).
+    (B, 3, H, W) -> its finest level (B, widths[0], H/stride, W/stride) and its coarsest one.
     """
 
-    def __init__(self, width: int, patch_size: int):
+    def __init__(self, widths: Sequence[int], stride: int = 2):
         super().__init__()
-        widths = [width * min(2**i, 4) for i in range(int(math.log2(patch_size)))]  # strides 2, 4, .., P
-        self.down = nn.ModuleList(
-            ConvBlock(i, o, stride=2) for i, o in zip([3, *widths], widths, strict=False)
-        )
-        self.up = nn.ModuleList(ConvBlock(i + o, o) for i, o in zip(widths[1:], widths, strict=False))
-        self.out_channels = widths[0], widths[-1]
+        self.down = nn.ModuleList([ConvBlock(3, widths[0], stride)])
+        self.down.extend(ConvBlock(i, o, stride=2) for i, o in pairwise(widths))
+        self.up = nn.ModuleList(ConvBlock(i + o, i) for i, o in pairwise(widths))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        skips = []
-        x = image
+        skips, x = [], image
         for block in self.down:
-            x = block(x)
-            skips.append(x)
+            skips.append(x := block(x))
         for block, skip in zip(reversed(self.up), reversed(skips[:-1]), strict=True):
             x = block(torch.cat([F.interpolate(x, size=skip.shape[-2:], mode="bilinear"), skip], dim=1))
         return x, skips[-1]
@@ -232,30 +223,25 @@ class Network(nn.Module):
         self.no_class = nn.Parameter(torch.zeros(c.hidden))
         self.blocks = nn.ModuleList(Block(c.hidden, c.heads) for _ in range(c.depth))
         self.pixel_embed = nn.Linear(c.dims + 64, c.field_width)  # [x_t(i, j), DCT(i, j)]
-        self.field = nn.ModuleList(
-            FieldBlock(c.hidden, c.field_width, c.field_ratio) for _ in range(c.field_depth)
-        )
+        field = c.hidden, c.field_width, c.field_ratio
+        self.field = nn.ModuleList(FieldBlock(*field) for _ in range(c.field_depth))
         self.head_norm = RMSNorm(c.field_width)
         self.head = nn.Linear(c.field_width, c.dims)
 
-        self.encoder = ImageEncoder(c.conv_width, p) if c.conv_width else None
-        pixel_channels, token_channels = self.encoder.out_channels if self.encoder else (0, 3 * p * p)
+        widths = [c.conv_width * min(2**i, 4) for i in range(int(math.log2(p)))]  # strides 2, 4, .., P
+        self.encoder = ImageEncoder(widths) if c.conv_width else None
+        pixel_channels, token_channels = (widths[0], widths[-1]) if c.conv_width else (0, 3 * p * p)
         self.image_to_token = nn.Linear(token_channels, c.hidden, bias=False)
         self.image_to_pixel = nn.Linear(3 + pixel_channels, c.field_width, bias=False)
-        self.image_to_velocity = nn.Linear(
-            3 + pixel_channels, c.dims, bias=False
-        )  # past the norm of the head
-        self.apply(self._initialise)
+        self.image_to_velocity = nn.Linear(3 + pixel_channels, c.dims, bias=False)  # past the head's norm
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.head.weight)
-
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def encode(self, image: Tensor) -> Features:
         """What the image adds in every step: to tokens, to pixel queries and to the velocity itself."""
@@ -267,11 +253,8 @@ class Network(nn.Module):
             pixels = torch.cat([image, F.interpolate(fine, scale_factor=2, mode="bilinear")], dim=1)
         query = patches(pixels, p).flatten(0, 1).flatten(2).transpose(1, 2)  # (B L, P P, 3 + C)
         position = dct(p, image.device) @ self.pixel_embed.weight[:, self.config.dims :].T
-        return (
-            self.image_to_token(coarse),
-            self.image_to_pixel(query) + position,
-            self.image_to_velocity(query),
-        )
+        tokens, velocity = self.image_to_token(coarse), self.image_to_velocity(query)
+        return tokens, self.image_to_pixel(query) + position, velocity
 
     def time(self, t: Tensor) -> Tensor:
         """Embedding (B, D) of t (B,) in [0, 1], in float32 also under autocast."""

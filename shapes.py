@@ -62,11 +62,6 @@ def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
     return (value * (1 - saturation * (1 - pure))).astype(np.float32)[:, None, None]
 
 
-def _label(kind: int, hue: float) -> int:
-    """Fine label: the class and which eighth of the colour circle."""
-    return kind * len(HUES) + int(hue * len(HUES) + 0.5) % len(HUES)
-
-
 def _turned(rng: np.random.Generator, limit: float) -> tuple[np.ndarray, np.ndarray]:
     """Pixel coordinates about a random point, turned by at most 2 atan(limit)."""
     t, (cx, cy) = rng.uniform(-limit, limit), np.float32(rng.uniform(10, SIDE - 10, 2))
@@ -93,7 +88,7 @@ def _ground(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         period, (u, v) = np.float32(rng.uniform(7, 11)), _turned(rng, 1)
         share = np.clip([*GROUND.values()][kind](u / period, v / period, period, rng), 0, 1)
         canvas = np.where(region == number, first + (second - first) * share, canvas)
-        labels[region == number] = _label(kind, hue)
+        labels[region == number] = kind * len(HUES) + int(hue * len(HUES) + 0.5) % len(HUES)
     return canvas, labels
 
 
@@ -117,7 +112,7 @@ def _thing(canvas: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> 
     shade = np.clip(0.7 - distance / 12, 0.7, 1) - 0.15 * (u + v)
     colour = _rgb(hue, rng.uniform(0.5, 0.95), rng.uniform(0.7, 1)) * shade
     canvas += np.clip(0.5 - distance, 0, 1) * (colour - canvas)
-    labels[distance < 0] = _label(len(GROUND) + kind, hue)
+    labels[distance < 0] = (len(GROUND) + kind) * len(HUES) + int(hue * len(HUES) + 0.5) % len(HUES)
 
 
 def scene(rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:

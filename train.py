@@ -111,9 +111,6 @@ def _only(kind: type, values: dict) -> dict:
     return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
-# ---------------------------------------------------------------- evaluation
-
-
 @dataclass(frozen=True)
 class Metrics:
     """Scores, in [0, 1], of a confusion matrix: int64 (N, N), rows are labels, columns are predictions."""
@@ -134,11 +131,8 @@ class Metrics:
             return dict.fromkeys(("mIoU", "aAcc", "mAcc"), math.nan)
         hit, labelled = np.diag(self.confusion), self.confusion.sum(1)
         recall = hit[labelled > 0] / labelled[labelled > 0]
-        return {
-            "mIoU": float(np.nanmean(self.iou)),
-            "aAcc": float(hit.sum() / labelled.sum()),
-            "mAcc": float(recall.mean()),
-        }
+        accuracy = float(hit.sum() / labelled.sum())
+        return {"mIoU": float(np.nanmean(self.iou)), "aAcc": accuracy, "mAcc": float(recall.mean())}
 
 
 def confusion_matrix(labels: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
@@ -166,9 +160,6 @@ def evaluate(
     return Metrics(confusion), protocol
 
 
-# ---------------------------------------------------------------- run directory
-
-
 def claim(folder: Path, config: dict) -> None:
     """Make the folder this run's own, or check that it is: RunError for another run or foreign content."""
     path = folder / "config.json"
@@ -181,11 +172,9 @@ def claim(folder: Path, config: dict) -> None:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"cannot use {folder} ({error}); choose another with --out") from error
+    old, new = ({k: v for part in whole.values() for k, v in part.items()} for whole in (stored, config))
     changed = [
-        f"{name} was {stored.get(part, {}).get(name)!r}, now {value!r}"
-        for part, values in config.items()
-        for name, value in values.items()
-        if stored.get(part, {}).get(name) != value
+        f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]
     ]
     if changed:
         raise RunError(f"{folder} holds another run ({'; '.join(changed)}): repeat its options, or use --out")
@@ -224,29 +213,26 @@ def load_state(path: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.
     ema.load_state_dict(part("ema."))
     for name, parameter in model.named_parameters():
         moments = part(f"optimizer.{name}.")
-        optimizer.state[parameter] = {
-            k: v if k == "step" else v.to(parameter.device) for k, v in moments.items()
-        }
+        at = parameter.device
+        optimizer.state[parameter] = {k: v if k == "step" else v.to(at) for k, v in moments.items()}
     metrics = path.with_name("metrics.jsonl")
     lines = metrics.read_text().splitlines() if metrics.exists() else []
-    whole = [line for line in lines if line.endswith("}")]
-    metrics.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    metrics.write_text("".join(line + "\n" for line in kept))
     return step, best
 
 
-def validate(
-    folder: Path, ema: FlowSeg, dataset: Dataset, config: TrainConfig, step: int, best: float
-) -> float:
+def validate(folder: Path, ema: FlowSeg, data: Dataset, config: TrainConfig, step: int, best: float) -> float:
     """Score the EMA weights, write them as `last` (and `best`) with a preview; returns the mIoU."""
     steps = ema.config.steps
-    metrics, protocol = evaluate(ema, dataset, config.size, steps)
-    scores, labels = metrics.scores, dataset.labels
+    metrics, protocol = evaluate(ema, data, config.size, steps)
+    scores, labels = metrics.scores, data.labels
     log(folder, step=step, **scores)
     facts = dict(classes=labels.classes, ids=labels.ids, ignore=labels.ignore, dataset=config.dataset,
                  size=config.size, step=step, protocol=protocol, **scores, **environment())  # fmt: skip
     for name in ("last", "best") if scores["mIoU"] > best else ("last",):
         ema.save(folder / f"{name}.safetensors", **facts)
-    samples = [dataset[i] for i in range(min(4, len(dataset)))]
+    samples = [data[i] for i in range(min(4, len(data)))]
     rows = [(photo, truth, segment_photo(ema, photo, config.size, steps)[0]) for photo, truth in samples]
     sheet = picture.preview(rows, labels.classes, picture.palette(ema.centroids.cpu().numpy()))
     picture.save(folder / "preview.png", sheet)
@@ -260,23 +246,18 @@ def environment() -> dict[str, str]:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         commit = ""
-    torch_version = str(torch.__version__)
-    return {"python": platform.python_version(), "torch": torch_version, "commit": commit or "unknown"}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return versions | {"commit": commit or "unknown"}
 
 
 def newest_checkpoint(folder: Path | None = None) -> Path:
     """The best weights of a run directory, by default of the run under runs/ that was written to last."""
     found = list(folder.glob("last.safetensors") if folder else Path("runs").glob("*/last.safetensors"))
     if not found:
-        raise RunError(
-            f"no trained weights in {folder or 'runs'}/: run `flowseg train`, or pass a checkpoint"
-        )
+        raise RunError(f"no weights in {folder or 'runs'}/: run `flowseg train`, or pass a checkpoint")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     best = newest.with_name("best.safetensors")
     return best if best.exists() else newest
-
-
-# ---------------------------------------------------------------- training
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -342,18 +323,18 @@ def progress_line(console: Console, total: int, done: int) -> Iterator[Callable[
 
 
 def train(
-    config: TrainConfig,
-    model_config: Config,
-    folder: Path,
-    device: torch.device,
-    console: Console,
+    config: TrainConfig, network: Config, folder: Path, device: str, console: Console, kind: type = FlowSeg
 ) -> int:
-    """Train or continue the run in `folder`; returns 0, or 128 + the number of the signal that stopped it."""
+    """Train or continue the run in `folder`; returns 0, or 128 + the number of the signal that stopped it.
+
+    kind: FlowSeg, or a comparison that keeps its interface (ablate.py).
+    """
+    device = pick_device(device)
     data = open_dataset(config.dataset, "training", config.root)
     held_out = open_dataset(config.dataset, "validation", config.root)
-    claim(folder, {"train": asdict(config), "model": asdict(model_config)})
+    claim(folder, {"train": asdict(config), "model": asdict(network)})
     torch.manual_seed(config.seed)
-    model = FlowSeg(model_config)
+    model = kind(network)
     if config.init:
         start_from(model, config.init)
     model = model.to(device)
@@ -396,9 +377,7 @@ def train(
                 seconds = (time.perf_counter() - began) * config.accumulate / len(history)
                 means |= {"seconds_per_step": seconds, "images_per_second": config.batch / seconds}
                 if not math.isfinite(means["loss"]):
-                    raise RunError(
-                        f"the loss is {means['loss']} at step {step}; start anew with a lower --lr"
-                    )
+                    raise RunError(f"the loss is {means['loss']} at step {step}; start anew, lower --lr")
                 log(folder, step=step, lr=group["lr"], **means)
                 report(step, means)
                 history, began = [], time.perf_counter()

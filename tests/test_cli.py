@@ -211,7 +211,7 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, number):
     (["train", "--datset", "shapes"], 2, ["--datset", "--dataset"]),
     (["trian"], 2, ["trian", "train"]),
     (["train", "--set", "epss=1"], 2, ["epss", "did you mean 'eps'"]),
-    (["eval"], 2, ["no trained weights", "flowseg train"]),
+    (["eval"], 2, ["no weights", "flowseg train"]),
     (["eval", "missing.safetensors"], 5, ["missing.safetensors does not exist"]),
     (["info", "missing"], 3, ["'missing' not found"]),
     (["segment", "missing.jpg", "-o", "mask.png"], 1, ["missing.jpg"]),

@@ -426,7 +426,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         with pytest.raises(CheckpointError, match="damaged"):
             FlowSeg.load(bad)
     save_file({"weight": torch.zeros(3)}, bad)
-    with pytest.raises(CheckpointError, match="not a FlowSeg checkpoint"):
+    with pytest.raises(CheckpointError, match="no FlowSeg checkpoint"):
         FlowSeg.load(bad)
     config = json.dumps({"num_classes": 5})
     save_file({"weight": torch.zeros(3)}, bad, {"format": json.dumps("flowseg-1"), "config": config})

@@ -347,23 +347,6 @@ def test_unwritable_places_and_unknown_suffixes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dir.png", "file"]
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
-def test_animation_has_every_frame_and_rests_on_the_last(tmp_path, name):
-    frames = [Image.new("RGB", (16, 8), color) for color in (RED, GREEN, BLUE)]
-    picture.animation(tmp_path / name, frames, ms=50)
-    shown, times = [], []
-    with Image.open(tmp_path / name) as image:
-        for k in range(image.n_frames):
-            image.seek(k)
-            shown.append(pixels(image.convert("RGB"))[4, 4])
-            image.load()
-            times.append(image.info["duration"])
-    assert np.abs(np.array(shown) - [RED, GREEN, BLUE]).max() <= 4
-    assert times == [50, 50, 300]
-    with pytest.raises(PictureError, match=r"expected \.gif, \.webp"):
-        picture.animation(tmp_path / "a.png", frames)
-
-
 # Drawing
 
 

@@ -37,7 +37,7 @@ def _few_scenes(monkeypatch):
 def run(folder, *settings, steps=4, **options):
     given = {"batch": 2, "size": 32, "max_steps": steps, "warmup": 1} | options
     config, model_config = resolve(given, [*TINY, *settings])
-    return training.train(config, model_config, folder, torch.device("cpu"), Console(quiet=True))
+    return training.train(config, model_config, folder, "cpu", Console(quiet=True))
 
 
 def lines(folder):
@@ -279,5 +279,5 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
 
 def test_without_any_run_the_error_says_what_to_type(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError, match=r"no trained weights in runs/: run `flowseg train`"):
+    with pytest.raises(RunError, match=r"no weights in runs/: run `flowseg train`"):
         training.newest_checkpoint()

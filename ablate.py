@@ -1,0 +1,148 @@
+"""Rerun the evidence: train rows of the ablation table, score them on held-out photos, print Markdown.
+
+    python ablate.py --dataset camvid-240 --seeds 3 --row default --row "dims=3 objective=vanilla"
+
+A row is `default` or the fields that differ from it; `kind` names a comparison below. All rows of a seed see
+the same images in the same order and, given the same network, start from the same weights. A finished run is
+not repeated and a stopped one continues. Each run directory holds its configuration, seed, curve and scores.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import picture
+import train as training
+from data import open_dataset
+from model import IGNORE, FlowSeg
+from network import Config, ImageEncoder
+
+
+class CrossEntropy(FlowSeg):
+    """The same network, a channel a class, its end state read as logits after one step."""
+
+    def loss(self, image: Tensor, labels: Tensor, generator=None) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = self.source(image) + self.velocity(self.source(image), image.new_zeros(len(image)), image)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE)
+        return loss, dict.fromkeys(("fm", "phi", "grad"), loss.detach())
+
+    def soft_assignment(self, x: Tensor) -> Tensor:
+        return x.softmax(1)
+
+
+class Unmasked(FlowSeg):
+    """Pixels without a label are taught like those of class 0."""
+
+    def loss(self, image: Tensor, labels: Tensor, generator=None) -> tuple[Tensor, dict[str, Tensor]]:
+        return super().loss(image, labels.where(labels != IGNORE, 0), generator)
+
+
+class UNetwork(nn.Module):
+    """A plain convolutional U-Net at full resolution, 0.9 M parameters; `forward` turns x0 into logits."""
+
+    def __init__(self, num_classes: int, widths: tuple = (24, 48, 96, 144)):
+        super().__init__()
+        self.encoder = ImageEncoder(widths, stride=1)
+        self.head = nn.Conv2d(widths[0], num_classes, 1)
+
+    def encode(self, image: Tensor) -> Tensor:
+        return self.head(self.encoder(image)[0])
+
+    def forward(self, x: Tensor, t: Tensor, logits: Tensor) -> Tensor:
+        return logits - x
+
+
+class UNet(CrossEntropy):
+    """The yardstick: a plain U-Net trained by cross-entropy."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.network = UNetwork(config.num_classes)
+
+
+KINDS = {f"kind={kind.__name__}": kind for kind in (Unmasked, CrossEntropy, UNet)}
+ROWS = [
+    "default", "objective=vanilla", "states=truth", "states=truth objective=vanilla", "states=start",
+    "annealed=true", "prediction=x", "source=noise", "transform=linear", "transform=sqrt",
+    "transform=inverse", "encoding=golden", "eps=1e-4", "eps=1e-3", "eps=1e-1", "tau=0.3", "tau=1",
+    "dims=8", "dims=4", "dims=3", "dims=3 objective=vanilla", "dims=3 tau=1", "conv_width=0", *KINDS,
+]  # fmt: skip
+
+
+def run(row: str, given: dict, split: str, steps: list[int], folder: Path) -> dict:
+    """Train one row with one seed, unless that is done, and score it on `split` after each of `steps`."""
+    result = folder / "result.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    data = open_dataset(given["dataset"], split, given["root"])
+    kind = next((KINDS[setting] for setting in row.split() if setting in KINDS), FlowSeg)
+    settings = [setting for setting in row.split() if setting not in ("default", *KINDS)]
+    if issubclass(kind, CrossEntropy):
+        settings, steps = [*settings, f"dims={len(data.labels.classes)}", "steps=1"], [1]
+    config, model_config = training.resolve(given, settings)
+    began, console = time.perf_counter(), Console(stderr=True)
+    if code := training.train(config, model_config, folder, "auto", console, kind):
+        raise typer.Exit(code)
+    facts = {"row": row, "seed": config.seed, "minutes": (time.perf_counter() - began) / 60, "scores": {}}
+    model = kind.load(folder / "last.safetensors", training.pick_device())
+    for count in steps:
+        metrics, facts["protocol"] = training.evaluate(model, data, config.size, count)
+        facts["scores"][str(count)] = metrics.scores
+    result.write_text(json.dumps(facts | training.environment(), indent=2) + "\n")
+    return facts
+
+
+def table(results: dict[str, list[dict]], steps: list[int]) -> str:
+    """Markdown: mean and standard deviation over the seeds, per row and number of Euler steps."""
+
+    def cell(runs: list[dict], count: int, score: str) -> str:
+        values = [100 * run["scores"][str(count)][score] for run in runs if str(count) in run["scores"]]
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.1f}{spread}" if values else ""
+
+    heads = ["row", "seeds", *(f"mIoU at {count}" for count in steps), "aAcc at 1", "minutes"]
+    lines = [heads, ["---"] * len(heads)]
+    for name, runs in results.items():
+        scores = [cell(runs, count, "mIoU") for count in steps] + [cell(runs, 1, "aAcc")]
+        minutes = statistics.mean(run["minutes"] for run in runs)
+        lines.append([name, str(len(runs)), *scores, f"{minutes:.1f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(
+    dataset: str = "shapes",
+    root: Annotated[str, typer.Option(help="Data root.")] = "",
+    split: Annotated[str, typer.Option(help="Where rows are scored.")] = "test",
+    preset: str = "tiny",
+    row: Annotated[list[str], typer.Option(help="Fields that differ, as FIELD=VALUE; or default.")] = ROWS,
+    seeds: int = 1,
+    max_steps: int = 480,
+    size: int = 64,
+    steps: Annotated[list[int], typer.Option(help="Euler steps; begin with 1.")] = (1, 4, 10),
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/ablations"),
+) -> None:
+    """Train and score rows of the ablation table; see the top of ablate.py."""
+    given = {"dataset": dataset, "root": root, "preset": preset, "size": size, "max_steps": max_steps}
+    given |= dict.fromkeys(("eval_every", "save_every"), max(1, max_steps // 6))
+    results, lines = {}, {}
+    for name in row:
+        folders = [out / f"{name.replace(' ', ', ')}, seed {seed}" for seed in range(seeds)]
+        runs = enumerate(folders)
+        results[name] = [run(name, given | {"seed": seed}, split, list(steps), path) for seed, path in runs]
+        log = map(json.loads, (folders[0] / "metrics.jsonl").read_text().splitlines())
+        lines[name] = [(0, 0)] + [(entry["step"], 100 * entry["mIoU"]) for entry in log if "mIoU" in entry]
+    text = table(results, list(steps))
+    (out / "table.md").write_text(text + "\n")
+    picture.save(out / "curves.png", picture.curves(lines, "step", "validation mIoU"))
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
