@@ -232,7 +232,7 @@ def validate(folder: Path, ema: FlowSeg, data: Dataset, config: TrainConfig, ste
                  size=config.size, step=step, protocol=protocol, **scores, **environment())  # fmt: skip
     for name in ("last", "best") if scores["mIoU"] > best else ("last",):
         ema.save(folder / f"{name}.safetensors", **facts)
-    samples = [data[i] for i in range(min(4, len(data)))]
+    samples = [data[i] for i in np.unique(np.linspace(0, len(data) - 1, 4).astype(int)).tolist()]
     rows = [(photo, truth, segment_photo(ema, photo, config.size, steps)[0]) for photo, truth in samples]
     sheet = picture.preview(rows, labels.classes, picture.palette(ema.centroids.cpu().numpy()))
     picture.save(folder / "preview.png", sheet)
