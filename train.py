@@ -172,7 +172,7 @@ def claim(folder: Path, config: dict) -> None:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"cannot use {folder} ({error}); choose another with --out") from error
-    old, new = ({k: v for part in whole.values() for k, v in part.items()} for whole in (stored, config))
+    old, new = ({**whole.get("train", {}), **whole.get("model", {})} for whole in (stored, config))
     changed = [
         f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]
     ]
