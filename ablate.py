@@ -2,9 +2,10 @@
 
     python ablate.py --dataset camvid-240 --seeds 3 --row default --row "dims=3 objective=vanilla"
 
-A row is `default` or the fields that differ from it; `kind` names a comparison below. All rows of a seed see
-the same images in the same order and, given the same network, start from the same weights. A finished run is
-not repeated and a stopped one continues. Each run directory holds its configuration, seed, curve and scores.
+A row is `default` or the fields that differ from it; `kind` names a baseline of tests/baselines.py. All rows
+of a seed see the same images in the same order and, given the same network, start from the same weights. A
+finished run is not repeated and a stopped one continues. Each run directory holds its configuration, seed,
+curve and scores.
 """
 
 import json
@@ -13,66 +14,22 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch.nn.functional as F
 import typer
 from rich.console import Console
-from torch import Tensor, nn
 
 import picture
 import train as training
 from data import open_dataset
-from model import IGNORE, FlowSeg
-from network import Config, ImageEncoder
-
-
-class CrossEntropy(FlowSeg):
-    """The same network, a channel a class, its end state read as logits after one step."""
-
-    def loss(self, image: Tensor, labels: Tensor, generator=None) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.source(image) + self.velocity(self.source(image), image.new_zeros(len(image)), image)
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE)
-        return loss, dict.fromkeys(("fm", "phi", "grad"), loss.detach())
-
-    def soft_assignment(self, x: Tensor) -> Tensor:
-        return x.softmax(1)
-
-
-class Unmasked(FlowSeg):
-    """Pixels without a label are taught like those of class 0."""
-
-    def loss(self, image: Tensor, labels: Tensor, generator=None) -> tuple[Tensor, dict[str, Tensor]]:
-        return super().loss(image, labels.where(labels != IGNORE, 0), generator)
-
-
-class UNetwork(nn.Module):
-    """A plain convolutional U-Net at full resolution, 0.9 M parameters; `forward` turns x0 into logits."""
-
-    def __init__(self, num_classes: int, widths: tuple = (24, 48, 96, 144)):
-        super().__init__()
-        self.encoder = ImageEncoder(widths, stride=1)
-        self.head = nn.Conv2d(widths[0], num_classes, 1)
-
-    def encode(self, image: Tensor) -> Tensor:
-        return self.head(self.encoder(image)[0])
-
-    def forward(self, x: Tensor, t: Tensor, logits: Tensor) -> Tensor:
-        return logits - x
-
-
-class UNet(CrossEntropy):
-    """The yardstick: a plain U-Net trained by cross-entropy."""
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self.network = UNetwork(config.num_classes)
-
+from model import FlowSeg
+from tests.baselines import CrossEntropy, UNet, Unmasked
 
 KINDS = {f"kind={kind.__name__}": kind for kind in (Unmasked, CrossEntropy, UNet)}
 ROWS = [
     "default", "objective=vanilla", "states=truth", "states=truth objective=vanilla", "states=start",
     "annealed=true", "prediction=x", "source=noise", "transform=linear", "transform=sqrt",
-    "transform=inverse", "encoding=golden", "eps=1e-4", "eps=1e-3", "eps=1e-1", "tau=0.3", "tau=1",
-    "dims=8", "dims=4", "dims=3", "dims=3 objective=vanilla", "dims=3 tau=1", "conv_width=0", *KINDS,
+    "transform=inverse", "eps=1e-4", "eps=1e-3", "eps=1e-1", "tau=0.3", "tau=1", "encoding=kronecker",
+    "encoding=golden", "encoding=coded", "encoding=coded objective=vanilla", "dims=8", "dims=4", "dims=3",
+    "dims=3 objective=vanilla", "dims=3 tau=1", "conv_width=0", *KINDS,
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ The file reads in the order of the method: encoding, potential, FlowSeg; the net
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -37,7 +38,7 @@ class CheckpointError(Exception):
     exit_code = 5
 
 
-PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
+PRIMES = [n for n in range(2, 1614) if all(n % k for k in range(2, math.isqrt(n) + 1))]  # 255 of them
 
 
 def kronecker(num_classes: int, dims: int = 3) -> Tensor:
@@ -59,7 +60,36 @@ def _sequence(num_classes: int, alphas: Tensor) -> Tensor:
     return (2 * (c - low) / (high - low).clamp_min(1e-12) - 1).float()
 
 
-ENCODINGS = {"kronecker": kronecker, "golden": golden}
+def coded(num_classes: int, dims: int = 3) -> Tensor:
+    """Centroids (N, dims): the three of `kronecker`, which are the colours, then the words of a code.
+
+    Words differ by as much as `dims` allows and are about equally long, so no class has a head start; with
+    many classes in many dimensions that is much more room than a Kronecker sequence gives.
+    """
+    colors = kronecker(num_classes, 3)
+    return colors if dims == 3 else torch.cat([colors, lexicode(num_classes, dims - 3)], dim=1)
+
+
+def lexicode(num_words: int, length: int) -> Tensor:
+    """(num_words, length) in [-1, 1], on the coarsest grid that has enough words: in lexicographic order,
+    each word that is far enough from all before it, for the largest such distance (Conway, Sloane 1986)."""
+    levels = 2
+    while levels**length < num_words:
+        levels += 1
+    words = torch.cartesian_prod(*[torch.arange(levels)] * length).view(-1, length)
+    for spacing in range(
+        length, 0, -1
+    ):  # squared, in grid steps; more is impossible by the pigeonhole principle
+        free, chosen = torch.ones(len(words), dtype=torch.bool), []
+        while len(chosen) < num_words and free.any():
+            chosen.append(int(free.byte().argmax()))  # the first
+            free &= (words - words[chosen[-1]]).square().sum(1) >= spacing
+        if len(chosen) == num_words:
+            break
+    return 2 * words[chosen].float() / (levels - 1) - 1
+
+
+ENCODINGS = {"kronecker": kronecker, "golden": golden, "coded": coded}
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
@@ -185,7 +215,8 @@ class FlowSeg(nn.Module):
         count = valid.sum().clamp_min(1)
         x1_hat = x_t + left * self._velocity(x_t, t, features)
         pixels, y = x1_hat.detach().movedim(1, -1).flatten(0, 2), labels.where(labels != IGNORE, 0).flatten()
-        phi, grad = potential_gradient(pixels, y, self.centroids, c.eps, c.tau, c.transform)
+        with torch.autocast(pixels.device.type, enabled=False):  # it would make the repulsion bfloat16
+            phi, grad = potential_gradient(pixels, y, self.centroids, c.eps, c.tau, c.transform)
         phi, grad = phi.view(B, 1, H, W), grad.view(B, H, W, -1).movedim(-1, 1)  # grad: (B, dims, H, W)
 
         error = x1_hat - self.paint(labels)  # (1 - t) (v - v_gt)
@@ -261,10 +292,12 @@ class FlowSeg(nn.Module):
         H, W = size or x.shape[2:]
         labels = torch.empty(len(x), H, W, dtype=torch.int64, device=x.device)
         confidence = torch.empty(len(x), H, W, device=x.device)
-        columns = torch.arange(W, device=x.device)
+        centre_x, centre_y = ((2 * torch.arange(n, device=x.device) + 1) / n - 1 for n in (W, H))  # (-1, 1)
         height = max(1, 2**23 // (p[:, :, 0, 0].numel() * W))  # of a band
         for rows in torch.arange(H, device=x.device).split(height):
-            band = interpolate(interpolate(p, rows, H, dim=2), columns, W, dim=3)  # (B, N, rows, W)
+            grid = torch.stack(torch.meshgrid(centre_x, centre_y[rows], indexing="xy"), dim=-1)
+            grid = grid.expand(len(p), -1, -1, -1)  # (B, rows, W, 2)
+            band = F.grid_sample(p, grid, padding_mode="border", align_corners=False)  # (B, N, rows, W)
             confidence[:, rows], labels[:, rows] = band.max(1)
         return labels, confidence
 
@@ -311,15 +344,6 @@ class FlowSeg(nn.Module):
 def time_left(t: Tensor) -> Tensor:
     """1 - t as (B, 1, 1, 1), kept off zero: a bare (B,) would broadcast along the width."""
     return (1 - t).clamp_min(1e-3)[:, None, None, None]
-
-
-def interpolate(p: Tensor, positions: Tensor, size: int, dim: int) -> Tensor:
-    """The given positions of p stretched linearly to `size` along `dim` (pixel centres, edges repeated)."""
-    at = ((positions + 0.5) * (p.shape[dim] / size) - 0.5).clamp(0, p.shape[dim] - 1)
-    low = at.long()
-    high = (low + 1).clamp_max(p.shape[dim] - 1)
-    weight = (at - low).view([-1 if d == dim else 1 for d in range(p.ndim)])
-    return p.index_select(dim, low).lerp(p.index_select(dim, high), weight)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict) -> None:

@@ -35,7 +35,7 @@ class Config:
     conv_width: int = 32  # channels of the convolutional image encoder; 0: the image enters as raw pixels
     # Flow: the defaults are the method, the other values its ablations
     dims: int = 16  # channels of the state = dimension of the centroids
-    encoding: Literal["kronecker", "golden"] = "kronecker"
+    encoding: Literal["kronecker", "golden", "coded"] = "kronecker"  # see train.resolve
     source: Literal["image", "noise"] = "image"
     states: Literal["own", "truth", "start"] = "own"  # where states at t > 0 come from: see `FlowSeg.loss`
     prediction: Literal["v", "x"] = "v"  # what the network outputs: v, or x1_hat
@@ -50,8 +50,14 @@ class Config:
         for name, kind in get_type_hints(type(self)).items():
             if get_args(kind) and getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(get_args(kind))}")
-        if self.num_classes < 2 or not 3 <= self.dims <= 16:
-            raise ValueError(f"num_classes is {self.num_classes}, dims {self.dims}; expected 2 or more, 3-16")
+        if self.num_classes < 2 or not 3 <= self.dims <= 255:
+            raise ValueError(
+                f"num_classes is {self.num_classes}, dims {self.dims}; expected 2 or more, 3-255"
+            )
+        if self.encoding == "coded" and self.dims > 19:
+            raise ValueError(
+                f"dims is {self.dims}; expected 3-19 with encoding coded: 2^(dims - 3) words are tried"
+            )
         if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
         if self.eps <= 0 or self.tau <= 0:

@@ -12,6 +12,7 @@ import picture
 from data import Shapes
 from model import IGNORE, FlowSeg
 from network import Config
+from tests.baselines import CrossEntropy, UNet, Unmasked
 
 TINY = Config(num_classes=5, patch_size=4, hidden=32, depth=1, heads=2, field_width=8, conv_width=8, dims=5)
 
@@ -23,7 +24,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1, labels
 
 
-@pytest.mark.parametrize("kind", [ablate.CrossEntropy, ablate.UNet])
+@pytest.mark.parametrize("kind", [CrossEntropy, UNet])
 def test_cross_entropy_trains_the_logits_that_one_step_ends_in(kind):
     torch.manual_seed(0)
     model, (image, labels) = kind(TINY), batch()
@@ -44,11 +45,11 @@ def test_unmasked_teaches_ignored_pixels_and_the_default_does_not():
     image, labels = batch()
     moved = labels.where(labels != IGNORE, 0)
     losses = {}
-    for kind in (FlowSeg, ablate.Unmasked):
+    for kind in (FlowSeg, Unmasked):
         torch.manual_seed(0)
         model = kind(TINY)
         losses[kind] = [model.loss(image, y, torch.Generator().manual_seed(1))[0] for y in (labels, moved)]
-    assert torch.equal(*losses[ablate.Unmasked]) and not torch.equal(*losses[FlowSeg])
+    assert torch.equal(*losses[Unmasked]) and not torch.equal(*losses[FlowSeg])
 
 
 def test_a_table_is_made_once_and_again_without_training(tmp_path, monkeypatch, capsys):
@@ -62,7 +63,7 @@ def test_a_table_is_made_once_and_again_without_training(tmp_path, monkeypatch, 
     text = capsys.readouterr().out
     assert len(calls) == 6 and text.count("±") == 8
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == settings["row"]
-    assert calls[4][1].dims == 3 and calls[4][1].objective == "vanilla" and calls[2][5] is ablate.UNet
+    assert calls[4][1].dims == 3 and calls[4][1].objective == "vanilla" and calls[2][5] is UNet
     facts = json.loads((tmp_path / "default, seed 1" / "result.json").read_text())
     assert facts["seed"] == 1 and set(facts["scores"]) == {"1", "2"} and facts["protocol"]["steps"] == 2
     assert (tmp_path / "curves.png").stat().st_size > 0

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from model import CheckpointError, FlowSeg, golden, kronecker, log_potential, potential_gradient
+from model import (
+    CheckpointError,
+    FlowSeg,
+    coded,
+    golden,
+    kronecker,
+    lexicode,
+    log_potential,
+    potential_gradient,
+)
 from network import PRESETS, Config, Network
 
 SMALL = {
@@ -66,6 +75,27 @@ def test_golden_spacing_is_the_published_table(n, spacing):
 @pytest.mark.parametrize(("dims", "spacing"), [(3, 0.154), (4, 0.299), (8, 0.938), (16, 1.546)])
 def test_more_dimensions_give_more_room(dims, spacing):
     assert torch.pdist(kronecker(150, dims)).min().item() == pytest.approx(spacing, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "length", "hamming"),
+    [(2, 5, 5), (16, 7, 3), (16, 8, 4), (32, 16, 8), (128, 16, 6), (171, 13, 4)],
+)
+def test_lexicodes_have_the_distances_of_the_known_codes(words, length, hamming):
+    code = lexicode(words, length)
+    assert code.shape == (words, length)
+    assert set(code.unique().tolist()) <= {-1.0, 1.0}
+    assert torch.pdist(code, p=1).min().item() == 2 * hamming
+
+
+@pytest.mark.parametrize("dims", [3, 8, 16, 19])
+@pytest.mark.parametrize("n", [2, 11, 150, 255])
+def test_coded_centroids_begin_with_the_colours_and_lie_further_apart(n, dims):
+    mu = coded(n, dims)
+    assert mu.shape == (n, dims)
+    assert torch.equal(mu[:, :3], kronecker(n))
+    assert mu.abs().max() <= 1
+    assert torch.pdist(mu).min() >= torch.pdist(kronecker(n, dims)).min()
 
 
 def test_kronecker_formula_by_hand():
@@ -213,6 +243,7 @@ def test_velocity_at_any_multiple_of_the_patch(size):
 @pytest.mark.parametrize("changes", [
     {}, {"objective": "vanilla"}, {"annealed": True}, {"transform": "linear"}, {"transform": "sqrt"},
     {"transform": "inverse"}, {"prediction": "x"}, {"source": "noise"}, {"encoding": "golden"}, {"dims": 8},
+    {"encoding": "coded", "dims": 8},
     {"states": "truth"}, {"states": "start"}, {"conv_width": 0},
 ], ids=str)  # fmt: skip
 def test_every_ablation_trains(changes):
@@ -238,6 +269,16 @@ def test_the_loss_changes_with_every_switch():
         torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
         losses.append(round(model.loss(image, labels, torch.Generator().manual_seed(0))[0].item(), 4))
     assert len(set(losses)) == len(losses)
+
+
+def test_the_potential_stays_float32_under_autocast():
+    """With a velocity of zero the network cannot differ, so the loss may not either."""
+    model, (image, labels) = small(), batch()
+    torch.nn.init.zeros_(model.network.image_to_velocity.weight)
+    exact = model.loss(image, labels, torch.Generator().manual_seed(0))[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(image, labels, torch.Generator().manual_seed(0))[0]
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_reshaped_loss_at_the_start_is_the_paper_s():
@@ -396,7 +437,8 @@ def test_shape_and_value_errors_name_both_sides():
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"objective": "reshape"}, "objective is 'reshape'; expected reshaped or vanilla"),
-    ({"dims": 2}, "dims 2; expected"), ({"num_classes": 1}, "num_classes is 1"), ({"heads": 3}, "heads"),
+    ({"dims": 2}, "dims 2; expected"), ({"dims": 20, "encoding": "coded"}, "dims is 20; expected 3-19"),
+     ({"num_classes": 1}, "num_classes is 1"), ({"heads": 3}, "heads"),
     ({"patch_size": 6}, "patch_size is 6; expected a power of two"), ({"eps": 0.0}, "eps is 0.0"),
 ])  # fmt: skip
 def test_config_errors(changes, message):

@@ -147,6 +147,19 @@ def test_precedence_is_setting_then_option_then_preset_then_default():
     assert model_config.num_classes == len(Shapes("training").labels.classes)
 
 
+def test_many_classes_are_coded_unless_asked_otherwise(tmp_path):
+    for split in ("training", "validation", "test"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(tmp_path / kind / split / "a.png")
+    for count, encoding in ((12, "kronecker"), (13, "coded")):
+        names = [f"class {i}" for i in range(count)]
+        (tmp_path / "dataset.toml").write_text(f"classes = {names}")
+        assert resolve({"dataset": str(tmp_path)}, [])[1].encoding == encoding
+    assert resolve({"dataset": "shapes-fine"}, [])[1].encoding == "coded"
+    assert resolve({"dataset": "shapes-fine"}, ["encoding=kronecker"])[1].encoding == "kronecker"
+
+
 @pytest.mark.parametrize(("given", "settings", "message"), [
     ({"preset": "tinny"}, [], "--preset tinny: expected tiny, .*did you mean 'tiny'"),
     ({"objective": "reshape"}, [], "objective is 'reshape'; expected reshaped or vanilla"),
