@@ -42,7 +42,8 @@ def run(row: str, given: dict, split: str, steps: list[int], folder: Path) -> di
     kind = next((KINDS[setting] for setting in row.split() if setting in KINDS), FlowSeg)
     settings = [setting for setting in row.split() if setting not in ("default", *KINDS)]
     if issubclass(kind, CrossEntropy):
-        settings, steps = [*settings, f"dims={len(data.labels.classes)}", "steps=1"], [1]
+        logits = f"dims={len(data.labels.classes)}", "encoding=kronecker", "steps=1"
+        settings, steps = [*settings, *logits], [1]
     config, model_config = training.resolve(given, settings)
     began, console = time.perf_counter(), Console(stderr=True)
     if code := training.train(config, model_config, folder, "auto", console, kind):
@@ -90,10 +91,9 @@ def main(
     given |= dict.fromkeys(("eval_every", "save_every"), max(1, max_steps // 6))
     results, lines = {}, {}
     for name in row:
-        folders = [out / f"{name.replace(' ', ', ')}, seed {seed}" for seed in range(seeds)]
-        runs = enumerate(folders)
-        results[name] = [run(name, given | {"seed": seed}, split, list(steps), path) for seed, path in runs]
-        log = map(json.loads, (folders[0] / "metrics.jsonl").read_text().splitlines())
+        paths = [out / f"{name.replace(' ', ', ')}, seed {seed}" for seed in range(seeds)]
+        results[name] = [run(name, given | {"seed": i}, split, list(steps), at) for i, at in enumerate(paths)]
+        log = map(json.loads, (paths[0] / "metrics.jsonl").read_text().splitlines())
         lines[name] = [(0, 0)] + [(entry["step"], 100 * entry["mIoU"]) for entry in log if "mIoU" in entry]
     text = table(results, list(steps))
     (out / "table.md").write_text(text + "\n")

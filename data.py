@@ -108,12 +108,9 @@ def read_mask(path: Path) -> np.ndarray:
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     """Image files below a folder by relative path without suffix, in natural order, hidden files skipped."""
-
     found: dict[str, Path] = {}
-    padded = [
-        (re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(path)), path) for path in folder.rglob("*")
-    ]
-    for _, path in sorted(padded):  # a2 before a10
+    files = [(re.sub(r"\d+", lambda n: n[0].zfill(20), str(path)), path) for path in folder.rglob("*")]
+    for _, path in sorted(files):  # a2 before a10
         name = path.relative_to(folder)
         if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.parts):
             continue
@@ -145,15 +142,12 @@ class Folder:
         images, masks = map(_by_stem, dirs)
         self.pairs = [(images[stem], masks[stem]) for stem in images if stem in masks]
         self.unpaired = []
-        for files, others, kind, folder in (
-            (images, masks, "annotation", dirs[1]),
-            (masks, images, "image", dirs[0]),
-        ):
+        missing = (images, masks, "annotation", dirs[1]), (masks, images, "image", dirs[0])
+        for files, others, kind, folder in missing:
             alone = [path for stem, path in files.items() if stem not in others]
             count = f"{len(alone)} of {len(files)} files have none"
-            self.unpaired += [
-                f"{path}: no {kind} with the same stem in {folder}; {count}" for path in alone[:1]
-            ]
+            lack = f"no {kind} with the same stem in {folder}; {count}"
+            self.unpaired += [f"{path}: {lack}" for path in alone[:1]]
         if not images:
             raise DataError(f"{dirs[0]}: holds no image; expected files such as a.jpg with {dirs[1]}/a.png")
         if strict and len(self.pairs) < len(images):

@@ -346,19 +346,28 @@ def time_left(t: Tensor) -> Tensor:
     return (1 - t).clamp_min(1e-3)[:, None, None, None]
 
 
-def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict) -> None:
-    """Write a safetensors file with JSON metadata beside its target, sync, rename: all of it or nothing."""
+def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict, keep: str = "") -> None:
+    """Write a safetensors file with JSON metadata, all of it or nothing; the one before stays as `keep`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.part")
     try:
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary,
                   {k: json.dumps(v) for k, v in metadata.items()})  # fmt: skip
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
+        if keep and path.exists():
+            os.replace(path, path.with_name(keep))
         os.replace(temporary, path)
+        _sync(path.parent)  # the new name, too
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from error
+        raise CheckpointError(f"cannot write {path}: {error}; the file before it is kept") from error
+
+
+def _sync(path: Path) -> None:
+    if os.name == "posix":  # Windows cannot open a folder
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
 
 
 def start_from(model: FlowSeg, path: str) -> None:

@@ -5,7 +5,8 @@ and then score the EMA with the function behind `flowseg eval`, and save. All ra
 (seed, step) or of (seed, epoch, index), so a run that was stopped and continued is the same run.
 
 A run directory holds config.json, metrics.jsonl, last.safetensors and best.safetensors (EMA weights: what
-other commands read), state.safetensors (weights, EMA, optimizer, step: what resuming reads) and preview.png.
+other commands read), state.safetensors (weights, EMA, optimizer, step: what resuming reads), the state saved
+before that one as previous.safetensors, and preview.png.
 """
 
 import copy
@@ -36,6 +37,8 @@ from model import CheckpointError, FlowSeg, segment_photo, start_from, weights_h
 from network import PRESETS, Config
 
 Dataset = Folder | Shapes
+MOST_FAILURES = 10  # steps in a row without a finite gradient
+STATE, PREVIOUS = "state.safetensors", "previous.safetensors"
 
 
 class RunError(Exception):
@@ -98,7 +101,7 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
         raise RunError(f"dtype is {config.dtype!r}; expected auto, float32 or bfloat16")
     values["num_classes"] = len(open_dataset(config.dataset, "training", config.root).labels.classes)
     if values["num_classes"] > 12:  # measured at 11, 14 and 112 classes: README, Ablations
-        values.setdefault("encoding", "coded")
+        values = {"encoding": "coded", "dims": 19} | values
     try:
         model_config = Config(**_only(Config, values))
     except ValueError as error:
@@ -175,9 +178,7 @@ def claim(folder: Path, config: dict) -> None:
     except (OSError, ValueError) as error:
         raise RunError(f"cannot use {folder} ({error}); choose another with --out") from error
     old, new = ({**whole.get("train", {}), **whole.get("model", {})} for whole in (stored, config))
-    changed = [
-        f"{name} was {old.get(name)!r}, now {new[name]!r}" for name in new if old.get(name) != new[name]
-    ]
+    changed = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if old.get(k) != new[k]]
     if changed:
         raise RunError(f"{folder} holds another run ({'; '.join(changed)}): repeat its options, or use --out")
 
@@ -187,37 +188,46 @@ def log(folder: Path, **values: float) -> None:
         file.write(json.dumps(values) + "\n")
 
 
-def save_state(path: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, **progress) -> None:
-    """Everything that the next step depends on, in one file."""
+def save_state(folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, **progress) -> None:
+    """Write everything that the next step depends on into one file, and keep the one before it."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for parameter, moments in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{k}": v for k, v in moments.items()}
-    write_tensors(tensors, path, progress)
+    write_tensors(tensors, folder / STATE, progress, keep=PREVIOUS)
 
 
-def load_state(path: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW) -> tuple[int, float]:
-    """Continue where the state stands: (step, best mIoU so far), (0, -1) without one; drop later metrics."""
-    if not path.exists():
+def load_state(
+    folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, say: Callable
+) -> tuple[int, float]:
+    """Continue from the newest state that can be read: (step, best mIoU so far), (0, -1) if there is none."""
+    damage = []
+    for path in filter(Path.exists, (folder / STATE, folder / PREVIOUS)):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                step, best = (json.loads(file.metadata()[key]) for key in ("step", "best"))
+            break
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            damage.append(f"{path} is damaged ({error})")
+    else:
+        if damage:
+            raise CheckpointError(f"{'; '.join(damage)}; choose another folder with --out")
         return 0, -1.0
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            step, best = (json.loads(file.metadata()[key]) for key in ("step", "best"))
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); choose another folder with --out") from error
+    if damage:  # set aside, so that the next save does not take it for the state to keep
+        say(f"warning: {damage[0]}: going on from the state saved before it, at step {step}", style="yellow")
+        (folder / STATE).replace(folder / "damaged.safetensors")
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     model.load_state_dict(part("model."))
     ema.load_state_dict(part("ema."))
-    for name, parameter in model.named_parameters():
-        moments = part(f"optimizer.{name}.")
-        at = parameter.device
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(at) for k, v in moments.items()}
-    metrics = path.with_name("metrics.jsonl")
+    for name, p in model.named_parameters():
+        moments = part(f"optimizer.{name}.").items()
+        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments}
+    metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     metrics.write_text("".join(line + "\n" for line in kept))
@@ -304,24 +314,14 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def progress_line(console: Console, total: int, done: int) -> Iterator[Callable[[int, dict], None]]:
-    """Yield report(step, means): a live bar on a terminal, one plain line each time elsewhere."""
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, expand=True) as bar:
-        task = bar.add_task("starting", total=total, completed=done)
-
-        def report(step: int, means: dict) -> None:
-            text = (
-                f"step {step}/{total}  loss {means['loss']:.3f}  FM {means['fm']:.3f}  Phi {means['phi']:.3f}"
-                f"  |grad Phi| {means['grad']:.2f}  {means['images_per_second']:.1f} img/s"
-            )
-            bar.update(task, completed=step, description=text)
-            if not console.is_terminal:
-                left = timedelta(seconds=round((total - step) * means["seconds_per_step"]))
-                console.print(f"{text}  {left} left", soft_wrap=True, highlight=False)
-
-        yield report
+def report(console: Console, bar: Progress, step: int, total: int, means: dict[str, float]) -> None:
+    """Move the bar on a terminal; elsewhere print a plain line."""
+    text = (f"step {step}/{total}  loss {means['loss']:.3f}  FM {means['fm']:.3f}  Phi {means['phi']:.3f}"
+            f"  |grad Phi| {means['grad']:.2f}  {means['images_per_second']:.1f} img/s")  # fmt: skip
+    bar.update(bar.task_ids[0], completed=step, description=text)
+    if not console.is_terminal:
+        left = timedelta(seconds=round((total - step) * means["seconds_per_step"]))
+        console.print(f"{text}  {left} left", soft_wrap=True, highlight=False)
 
 
 def train(
@@ -342,9 +342,8 @@ def train(
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(model, config)
-    state = folder / "state.safetensors"
-    step, best = load_state(state, model, ema, optimizer)
     say = partial(console.print, soft_wrap=True, highlight=False)
+    step, best = load_state(folder, model, ema, optimizer, say)
     say(f"{folder} on {device} from step {step}: {data.name}, {len(data):,} images; preset {config.preset}, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")  # fmt: skip
 
@@ -353,21 +352,30 @@ def train(
     micro_batch = config.batch // config.accumulate
     loader = iter(DataLoader(stream, micro_batch, sampler=positions, num_workers=config.workers))
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    history, began = [], time.perf_counter()
-    with stop_signals() as signals, progress_line(console, config.max_steps, step) as report:
+    history, failures, began = [], 0, time.perf_counter()
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
+    bar.add_task("starting", total=config.max_steps, completed=step)
+    with stop_signals() as signals, bar:
         while step < config.max_steps and not signals:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             for _ in range(config.accumulate):
-                images, labels, _ = next(loader)
+                images, labels, indices = next(loader)
                 images, labels = images.to(device) / 127.5 - 1, labels.to(device, torch.int64)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     loss, stats = model.loss(images, labels, generator)
                 (loss / config.accumulate).backward()
                 history.append({"loss": loss.detach(), **stats})
-            history[-1]["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            optimizer.step()
+            history[-1]["grad_norm"] = norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            failures = 0 if norm.isfinite() else failures + 1
+            if failures == 0:  # a step without a finite gradient is left out
+                optimizer.step()
+            elif failures == MOST_FAILURES:
+                files = ", ".join(data.read(i)[2] for i in indices.tolist())
+                what = f"no finite gradient in {failures} steps in a row, the last at step {step} of {files}"
+                raise RunError(f"{what}; lower --lr, or look at these files")
             optimizer.zero_grad()
             step += 1
             decay = min(config.ema, step / (10 + step))
@@ -375,18 +383,17 @@ def train(
 
             last = step == config.max_steps
             if last or step % config.log_every == 0:
-                means = {k: float(torch.stack([h[k] for h in history if k in h]).mean()) for k in history[-1]}
+                means = {k: [h[k] for h in history if k in h] for k in history[-1]}
+                means = {k: float(torch.stack(values).nanmean()) for k, values in means.items()}
                 seconds = (time.perf_counter() - began) * config.accumulate / len(history)
                 means |= {"seconds_per_step": seconds, "images_per_second": config.batch / seconds}
-                if not math.isfinite(means["loss"]):
-                    raise RunError(f"the loss is {means['loss']} at step {step}; start anew, lower --lr")
                 log(folder, step=step, lr=group["lr"], **means)
-                report(step, means)
+                report(console, bar, step, config.max_steps, means)
                 history, began = [], time.perf_counter()
             if last or step % config.eval_every == 0:
                 score = validate(folder, ema, held_out, config, step, best)
                 say(f"step {step}: validation mIoU {score:.1%}")
                 best, history, began = max(best, score), [], time.perf_counter()
             if last or signals or step % config.save_every == 0:
-                save_state(state, model, ema, optimizer, step=step, best=best)
+                save_state(folder, model, ema, optimizer, step=step, best=best)
     return 128 + signals[0] if signals else 0

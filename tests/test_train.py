@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 
 import train as training
 from data import Shapes
@@ -152,12 +153,14 @@ def test_many_classes_are_coded_unless_asked_otherwise(tmp_path):
         for kind in ("images", "annotations"):
             (tmp_path / kind / split).mkdir(parents=True)
             Image.new("L", (8, 8)).save(tmp_path / kind / split / "a.png")
-    for count, encoding in ((12, "kronecker"), (13, "coded")):
+    for count, encoding in ((12, ("kronecker", 16)), (13, ("coded", 19))):
         names = [f"class {i}" for i in range(count)]
         (tmp_path / "dataset.toml").write_text(f"classes = {names}")
-        assert resolve({"dataset": str(tmp_path)}, [])[1].encoding == encoding
+        config = resolve({"dataset": str(tmp_path)}, [])[1]
+        assert (config.encoding, config.dims) == encoding
     assert resolve({"dataset": "shapes-fine"}, [])[1].encoding == "coded"
-    assert resolve({"dataset": "shapes-fine"}, ["encoding=kronecker"])[1].encoding == "kronecker"
+    config = resolve({"dataset": "shapes-fine"}, ["encoding=kronecker", "dims=3"])[1]
+    assert (config.encoding, config.dims) == ("kronecker", 3)
 
 
 @pytest.mark.parametrize(("given", "settings", "message"), [
@@ -194,7 +197,7 @@ def test_unavailable_device_is_named():
 def test_a_run_writes_what_the_other_commands_need(tmp_path):
     assert run(tmp_path / "run", steps=2) == 0
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    weights = {f"{name}.safetensors" for name in ("last", "best", "state")}
+    weights = {f"{name}.safetensors" for name in ("last", "best", "state")}  # one state: saved once
     assert names == weights | {"config.json", "metrics.jsonl", "preview.png"}
     metadata = FlowSeg.load(tmp_path / "run" / "last.safetensors").metadata
     labels = Shapes("training").labels
@@ -265,13 +268,71 @@ def test_a_changed_command_or_a_foreign_folder_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
 
-def test_a_damaged_state_is_named_and_kept(tmp_path):
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path):
+    run(tmp_path / "whole", "save_every=1")
+    run(tmp_path / "parts", "save_every=1")
+    truncate(tmp_path / "parts" / "state.safetensors")
+    console = Console(soft_wrap=True)
+    config, model_config = resolve(
+        {"batch": 2, "size": 32, "max_steps": 4, "warmup": 1}, [*TINY, "save_every=1"]
+    )
+    with console.capture() as said:
+        training.train(config, model_config, tmp_path / "parts", "cpu", console)
+    assert "state.safetensors is damaged" in said.get()
+    assert "going on from the state saved before it, at step 3" in said.get()
+    whole, parts = (load_file(tmp_path / part / "state.safetensors") for part in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    load_file(tmp_path / "parts" / "previous.safetensors")  # still the good one
+
+
+def test_two_damaged_states_are_named_and_kept(tmp_path):
+    run(tmp_path / "run", "save_every=1", steps=2)
+    states = [tmp_path / "run" / f"{name}.safetensors" for name in ("state", "previous")]
+    for state in states:
+        truncate(state)
+    with pytest.raises(
+        CheckpointError, match=r"state.safetensors is damaged .*previous.safetensors is damaged"
+    ):
+        run(tmp_path / "run", "save_every=1", steps=2)
+    assert all(state.exists() for state in states)
+
+
+def test_a_full_disk_leaves_the_old_state_and_says_so(tmp_path, monkeypatch):
     run(tmp_path / "run", steps=1)
     state = tmp_path / "run" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"state.safetensors is damaged"):
-        run(tmp_path / "run", steps=1)
-    assert state.exists()
+    before, files = state.read_bytes(), sorted(path.name for path in state.parent.iterdir())
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    model, ema = (FlowSeg(resolve({"size": 32}, TINY)[1]) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(CheckpointError, match=r"No space left.*the file before it is kept"):
+            training.save_state(
+                state.parent, model, ema, training.make_optimizer(model, TrainConfig()), step=2
+            )
+    assert state.read_bytes() == before
+    assert sorted(path.name for path in state.parent.iterdir()) == files
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(tmp_path, monkeypatch):
+    real, calls = FlowSeg.loss, []
+
+    def broken_once(self, *args):
+        calls.append(1)
+        loss, stats = real(self, *args)
+        return (loss * float("nan") if len(calls) == 2 else loss), stats
+
+    monkeypatch.setattr(FlowSeg, "loss", broken_once)
+    assert run(tmp_path / "run") == 0
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert {float(value) for key, value in state.items() if key.endswith(".step")} == {3.0}  # of 4 steps
 
 
 def test_init_starts_from_the_weights_of_another_run(tmp_path):
@@ -285,8 +346,9 @@ def test_init_starts_from_the_weights_of_another_run(tmp_path):
         run(tmp_path / "second", "hidden=32", steps=1, init=best)
 
 
-def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path):
-    with pytest.raises(RunError, match=r"the loss is nan at step .*--lr"):
+def test_no_finite_gradient_any_more_stops_with_advice(tmp_path):
+    message = r"no finite gradient in 10 steps in a row, .*step \d+ of shapes/training/\d+, .*lower --lr"
+    with pytest.raises(RunError, match=message):
         run(tmp_path / "run", "clip=1e30", steps=30, lr=1e30)
 
 
