@@ -100,7 +100,7 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise RunError(f"dtype is {config.dtype!r}; expected auto, float32 or bfloat16")
     values["num_classes"] = len(open_dataset(config.dataset, "training", config.root).labels.classes)
-    if values["num_classes"] > 12:  # measured at 11, 14 and 112 classes: README, Ablations
+    if values["num_classes"] > 32:  # measured at 11, 14 and 112 classes: README, Ablations
         values = {"encoding": "coded", "dims": 19} | values
     try:
         model_config = Config(**_only(Config, values))

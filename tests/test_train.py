@@ -153,7 +153,7 @@ def test_many_classes_are_coded_unless_asked_otherwise(tmp_path):
         for kind in ("images", "annotations"):
             (tmp_path / kind / split).mkdir(parents=True)
             Image.new("L", (8, 8)).save(tmp_path / kind / split / "a.png")
-    for count, encoding in ((12, ("kronecker", 16)), (13, ("coded", 19))):
+    for count, encoding in ((32, ("kronecker", 16)), (33, ("coded", 19))):
         names = [f"class {i}" for i in range(count)]
         (tmp_path / "dataset.toml").write_text(f"classes = {names}")
         config = resolve({"dataset": str(tmp_path)}, [])[1]
