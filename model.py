@@ -77,9 +77,7 @@ def lexicode(num_words: int, length: int) -> Tensor:
     while levels**length < num_words:
         levels += 1
     words = torch.cartesian_prod(*[torch.arange(levels)] * length).view(-1, length)
-    for spacing in range(
-        length, 0, -1
-    ):  # squared, in grid steps; more is impossible by the pigeonhole principle
+    for spacing in range(length, 0, -1):  # squared, in grid steps; no more is possible (pigeonhole principle)
         free, chosen = torch.ones(len(words), dtype=torch.bool), []
         while len(chosen) < num_words and free.any():
             chosen.append(int(free.byte().argmax()))  # the first

@@ -51,13 +51,9 @@ class Config:
             if get_args(kind) and getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(get_args(kind))}")
         if self.num_classes < 2 or not 3 <= self.dims <= 255:
-            raise ValueError(
-                f"num_classes is {self.num_classes}, dims {self.dims}; expected 2 or more, 3-255"
-            )
-        if self.encoding == "coded" and self.dims > 19:
-            raise ValueError(
-                f"dims is {self.dims}; expected 3-19 with encoding coded: 2^(dims - 3) words are tried"
-            )
+            raise ValueError(f"num_classes is {self.num_classes}, dims {self.dims}; expected >= 2, 3-255")
+        if self.encoding == "coded" and self.dims > 19:  # 2^(dims - 3) words are tried
+            raise ValueError(f"dims is {self.dims}; expected 3-19 with encoding coded")
         if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
         if self.eps <= 0 or self.tau <= 0:
