@@ -345,6 +345,7 @@ def train(
     say = partial(console.print, soft_wrap=True, highlight=False)
     step, best = load_state(folder, model, ema, optimizer, say)
     say(f"{folder} on {device} from step {step}: {data.name}, {len(data):,} images; preset {config.preset}, "
+        f"{network.num_classes} classes, {network.encoding} in {network.dims} dimensions; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")  # fmt: skip
 
     stream = Stream(data, config.size, config.seed)

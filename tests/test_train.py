@@ -282,6 +282,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_it(tmp_path):
     )
     with console.capture() as said:
         training.train(config, model_config, tmp_path / "parts", "cpu", console)
+    assert "14 classes, kronecker in 16 dimensions" in said.get()
     assert "state.safetensors is damaged" in said.get()
     assert "going on from the state saved before it, at step 3" in said.get()
     whole, parts = (load_file(tmp_path / part / "state.safetensors") for part in ("whole", "parts"))
