@@ -395,6 +395,6 @@ def train(
                 score = validate(folder, ema, held_out, config, step, best)
                 say(f"step {step}: validation mIoU {score:.1%}")
                 best, history, began = max(best, score), [], time.perf_counter()
-            if last or signals or step % config.save_every == 0:
+            if last or signals or (step % config.save_every == 0 and not failures):  # keep the healthy state
                 save_state(folder, model, ema, optimizer, step=step, best=best)
     return 128 + signals[0] if signals else 0

@@ -347,6 +347,21 @@ def test_init_starts_from_the_weights_of_another_run(tmp_path):
         run(tmp_path / "second", "hidden=32", steps=1, init=best)
 
 
+def test_the_state_from_before_the_failures_is_kept(tmp_path, monkeypatch):
+    real, calls = FlowSeg.loss, []
+
+    def broken_from_third(self, *args):
+        calls.append(1)
+        loss, stats = real(self, *args)
+        return (loss * float("nan") if len(calls) > 2 else loss), stats
+
+    monkeypatch.setattr(FlowSeg, "loss", broken_from_third)
+    with pytest.raises(RunError, match="no finite gradient in 10 steps"):
+        run(tmp_path / "run", "save_every=1", steps=30)
+    with training.safe_open(tmp_path / "run" / "state.safetensors", "pt") as state:
+        assert state.metadata()["step"] == "2"
+
+
 def test_no_finite_gradient_any_more_stops_with_advice(tmp_path):
     message = r"no finite gradient in 10 steps in a row, .*step \d+ of shapes/training/\d+, .*lower --lr"
     with pytest.raises(RunError, match=message):
