@@ -23,6 +23,12 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
+HINTS = {  # to what PyTorch raises
+    "memory": "lower --batch or --size, or split every batch: --set accumulate=2",
+    "DataLoader": "check the storage, or try --workers 0",
+    "onnection closed": "another process has failed: see its error",
+    "": "this may be a bug: flowseg --debug COMMAND shows where",
+}
 NEWEST = "the newest run under runs/ if not given"
 Dataset = Annotated[str | None, Option(help="shapes (built in), a name under the data root, or a folder.")]
 Root = Annotated[Path | None, Option(help="Data root; else $FLOWSEG_DATA, else ~/.cache/flowseg.")]
@@ -63,26 +69,30 @@ def train(
     out_dir: Annotated[Path | None, Option("--out", help="Run directory; else runs/DATASET-PRESET.")] = None,
     seed: Annotated[int | None, Option(help="Seed of weights, order, augmentation and noise.")] = None,
     workers: Annotated[int | None, Option(min=0, help="Processes that load images.")] = None,
+    dtype: Annotated[str | None, Option(help="auto, float32 or bfloat16; auto: bfloat16 on CUDA.")] = None,
+    compile: Annotated[bool, Option("--compile", help="Compile the network first (minutes).")] = False,
+    deterministic: Annotated[bool, Option("--deterministic", help="The same bits again on a GPU.")] = False,
+    allow_changes: Annotated[bool, Option("--allow-changes", help="Go on with other options.")] = False,
     device: Device = "auto",
     settings: Settings = None,
     quiet: Quiet = False,
 ) -> None:
     """Train, or continue a run: the same command goes on where it stopped."""
-    given = {key: value for key, value in locals().items() if value is not None}
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in locals().items() if v is not None}
     import train as training
 
     config, model_config = training.resolve(given, settings or [])  # takes the fields that it knows
     folder = out_dir or Path("runs") / f"{Path(config.dataset).resolve().name}-{config.preset}"
-    console = Console(stderr=True, quiet=quiet)
-    code = training.train(config, model_config, folder, device, console)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
+    code = training.train(config, model_config, folder, device, console, allow_changes=allow_changes)
+    if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks
+        raise typer.Exit(code)
     if code:
         err.print(f"stopped; the state is saved in {folder}: the same command continues", style="yellow")
         raise typer.Exit(code)
     best = folder / "best.safetensors"
     scores = _load(best).metadata
-    where = f"{best}, {folder / 'preview.png'}"
-    out.print(f"validation mIoU {scores['mIoU']:.1%} at step {scores['step']}: {where}")
+    out.print(f"validation mIoU {scores['mIoU']:.1%} at step {scores['step']}: {best}, preview.png")
     out.print(f"next: flowseg segment photo.jpg -o mask.png --checkpoint {best}")
 
 
@@ -228,7 +238,8 @@ def info(
 def _machine() -> dict:
     import torch
 
-    from train import environment, pick_device
+    from run import environment
+    from train import pick_device
 
     return environment() | {
         "device": str(pick_device()),
@@ -281,7 +292,8 @@ def _print_table(columns: tuple, rows: list[tuple]) -> None:
 def _load(checkpoint: Path | None, device: str = "auto"):
     """The model of a checkpoint or run directory, by default of the newest run, which is then named."""
     from model import FlowSeg
-    from train import newest_checkpoint, pick_device
+    from run import newest_checkpoint
+    from train import pick_device
 
     if checkpoint is None or checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
@@ -301,8 +313,10 @@ def main() -> None:
         code = getattr(error, "exit_code", 1)
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         if not hasattr(error, "exit_code"):
-            text = f"{type(error).__name__}: {text} (this may be a bug: flowseg --debug shows where)"
-        err.print("error: " + " ".join(text.split()), style="red", markup=False)
+            hint = next(hint for word, hint in HINTS.items() if word in text)
+            text = f"{type(error).__name__}: {text}; {hint}"
+        process = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""  # of torchrun
+        err.print(f"error: {process}{' '.join(text.split())}", style="red", markup=False)
     sys.exit(code or 0)
 
 

@@ -43,18 +43,11 @@ PRIMES = [n for n in range(2, 1614) if all(n % k for k in range(2, math.isqrt(n)
 
 def kronecker(num_classes: int, dims: int = 3) -> Tensor:
     """Centroids (N, dims) in [-1, 1]: c_k = k (sqrt 2, sqrt 3, sqrt 5, ..) mod 1, min-max normalised."""
-    return _sequence(num_classes, torch.tensor(PRIMES[:dims], dtype=torch.float64).sqrt())
+    return sequence(num_classes, torch.tensor(PRIMES[:dims], dtype=torch.float64).sqrt())
 
 
-def golden(num_classes: int, dims: int = 3) -> Tensor:
-    """Centroids (N, dims) with alphas g^-1, g^-2, .., g the generalised golden ratio: g^(dims+1) = g + 1."""
-    g = 2.0
-    for _ in range(64):  # fixed-point iteration, contracts by more than 2 each time
-        g = (1 + g) ** (1 / (dims + 1))
-    return _sequence(num_classes, g ** -torch.arange(1, dims + 1, dtype=torch.float64))
-
-
-def _sequence(num_classes: int, alphas: Tensor) -> Tensor:
+def sequence(num_classes: int, alphas: Tensor) -> Tensor:
+    """(N, dims) in [-1, 1]: k alpha mod 1 for k = 1..N, min-max normalised over the N; alphas float64."""
     c = torch.arange(1, num_classes + 1, dtype=torch.float64)[:, None] * alphas % 1
     low, high = c.amin(0), c.amax(0)
     return (2 * (c - low) / (high - low).clamp_min(1e-12) - 1).float()
@@ -87,7 +80,7 @@ def lexicode(num_words: int, length: int) -> Tensor:
     return 2 * words[chosen].float() / (levels - 1) - 1
 
 
-ENCODINGS = {"kronecker": kronecker, "golden": golden, "coded": coded}
+ENCODINGS = {"kronecker": kronecker, "coded": coded}
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
@@ -136,6 +129,7 @@ def potential_gradient(
 
 FORMAT = "flowseg-1"
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v
+Generator = torch.Generator | list[torch.Generator] | None  # of a batch, or one an image
 
 
 class FlowSeg(nn.Module):
@@ -164,19 +158,20 @@ class FlowSeg(nn.Module):
         out = self.network(x, t, features)
         return out if self.config.prediction == "v" else (out - x) / time_left(t)
 
-    def source(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """x0 (B, dims, H, W): the image and zeros, or noise (drawn on the CPU: the same on every device)."""
+    def source(self, image: Tensor, generator: Generator = None) -> Tensor:
+        """x0 (B, dims, H, W): the image and zeros, or noise."""
         B, C, H, W = image.shape
         if self.config.source == "noise":
-            return torch.randn(B, self.config.dims, H, W, generator=generator).to(image)
+            return draw(torch.randn, (B, self.config.dims, H, W), generator).to(image)
         return F.pad(image, (0, 0, 0, 0, 0, self.config.dims - C))
 
     def loss(
-        self, image: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Reshaped flow matching without the label leak; returns the loss and detached diagnostics.
 
-        image: (B, 3, H, W) in [-1, 1]; labels: (B, H, W) int64 in [0, N), 255 = ignore.
+        image: (B, 3, H, W) in [-1, 1]; labels: (B, H, W) int64 in [0, N), 255 = ignore. All are means over
+        `count` pixels, by default the labelled ones here: with those of a larger batch, its parts add up.
 
         A state x_t = (1 - t) I + t mu[y] would hand the network the label (I is known: solve for mu[y]), and
         sampling, which has no label, would never visit it. So no state is made from the truth. Every image is
@@ -187,45 +182,36 @@ class FlowSeg(nn.Module):
 
         The target is what carries x_t to mu[y] in the time left. R measures it in x, as the velocity needed
         grows like 1 / (1 - t):  R = mean |x1_hat - stopgrad(mu[y] - grad Phi(x1_hat))|^2, which at t = 0 is
-        the paper's |v - stopgrad(v_gt - grad Phi)|^2. Ablations: states = "start" learns t = 0 only;
-        "truth" is the plain scheme (t uniform, the truth in x_t, error in v), which leaks.
+        the paper's |v - stopgrad(v_gt - grad Phi)|^2.
         """
         self._check_image(image)
         self._check_labels(labels, image)
-        t = torch.rand(len(image), generator=generator).to(image)
-        x0, x1 = self.source(image, generator), self.paint(labels)
-        features = self.network.encode(image)
-        if self.config.states == "truth":
-            return self._loss_at(x0.lerp(x1, 1 - time_left(t)), t, features, labels)[:2]
-        loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels)
-        if self.config.states == "start":
-            return loss, stats
-        later, stats_later, _ = self._loss_at(x0.lerp(x1_hat, 1 - time_left(t)), t, features, labels)
+        t = draw(torch.rand, (len(image),), generator).to(image)
+        count = ((labels != IGNORE).sum() if count is None else count).clamp_min(1)
+        x0, features = self.source(image, generator), self.network.encode(image)
+        loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
+        x_t = x0.lerp(x1_hat, 1 - time_left(t))
+        later, stats_later, _ = self._loss_at(x_t, t, features, labels, count)
         return (loss + later) / 2, {k: (stats[k] + stats_later[k]) / 2 for k in stats}
 
     def _loss_at(
-        self, x_t: Tensor, t: Tensor, features: Features, labels: Tensor
+        self, x_t: Tensor, t: Tensor, features: Features, labels: Tensor, count: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss and diagnostics at one state, and the detached estimate x1_hat (B, dims, H, W)."""
         c, left = self.config, time_left(t)
         B, _, H, W = x_t.shape
         valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
-        count = valid.sum().clamp_min(1)
         x1_hat = x_t + left * self._velocity(x_t, t, features)
         pixels, y = x1_hat.detach().movedim(1, -1).flatten(0, 2), labels.where(labels != IGNORE, 0).flatten()
         with torch.autocast(pixels.device.type, enabled=False):  # it would make the repulsion bfloat16
             phi, grad = potential_gradient(pixels, y, self.centroids, c.eps, c.tau, c.transform)
         phi, grad = phi.view(B, 1, H, W), grad.view(B, H, W, -1).movedim(-1, 1)  # grad: (B, dims, H, W)
 
-        error = x1_hat - self.paint(labels)  # (1 - t) (v - v_gt)
-        residual = error / left if c.states == "truth" else error
+        residual = error = x1_hat - self.paint(labels)  # (1 - t) (v - v_gt)
         if c.objective == "reshaped":
-            residual = residual + (left * grad if c.annealed else grad)
-        stats = {
-            "fm": error.detach().square().mean(1, True),
-            "phi": phi,
-            "grad": grad.norm(dim=1, keepdim=True),
-        }
+            residual = error + (left * grad if c.annealed else grad)
+        fm, slope = error.detach().square().mean(1, True), grad.norm(dim=1, keepdim=True)
+        stats = {"fm": fm, "phi": phi, "grad": slope}
         stats = {name: (value * valid).sum() / count for name, value in stats.items()}
         return (residual.square() * valid).sum() / (count * c.dims), stats, x1_hat.detach()
 
@@ -252,7 +238,7 @@ class FlowSeg(nn.Module):
         if velocity is None:
             features = self.network.encode(image)
             velocity = lambda x, t: self._velocity(x, t, features)  # noqa: E731
-        x = self.source(image, torch.Generator().manual_seed(0))
+        x = self.source(image, [torch.Generator().manual_seed(0) for _ in image])
         yield x[..., :H, :W]
         for i in range(steps):
             x = x + velocity(x, torch.full((len(x),), i / steps, device=x.device)) / steps
@@ -339,6 +325,13 @@ class FlowSeg(nn.Module):
         return model.to(device).eval()
 
 
+def draw(kind: Callable, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Random numbers (B, ..) from one generator or from one an image; on the CPU, so the same everywhere."""
+    if isinstance(generator, list):
+        return torch.stack([kind(shape[1:], generator=own) for own in generator])
+    return kind(shape, generator=generator)
+
+
 def time_left(t: Tensor) -> Tensor:
     """1 - t as (B, 1, 1, 1), kept off zero: a bare (B,) would broadcast along the width."""
     return (1 - t).clamp_min(1e-3)[:, None, None, None]
@@ -370,13 +363,11 @@ def _sync(path: Path) -> None:
 
 def start_from(model: FlowSeg, path: str) -> None:
     """Copy the network weights of a checkpoint; they do not depend on the number of classes."""
-    weights, own = FlowSeg.load(path).network.state_dict(), model.network.state_dict()
-    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (own, weights)]
-    wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
-    if wrong:
-        others = f"{wrong[0]} and {len(wrong) - 1} more"
-        raise CheckpointError(f"{path} has another network ({others}); match --preset")
-    model.network.load_state_dict(weights)
+    try:
+        model.network.load_state_dict(FlowSeg.load(path).network.state_dict())
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise CheckpointError(f"{path} has another network ({first}); match --preset") from error
 
 
 def weights_hash(model: nn.Module) -> str:

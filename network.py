@@ -35,9 +35,8 @@ class Config:
     conv_width: int = 32  # channels of the convolutional image encoder; 0: the image enters as raw pixels
     # Flow: the defaults are the method, the other values its ablations
     dims: int = 16  # channels of the state = dimension of the centroids
-    encoding: Literal["kronecker", "golden", "coded"] = "kronecker"  # see train.resolve
+    encoding: Literal["kronecker", "coded"] = "kronecker"  # see train.resolve
     source: Literal["image", "noise"] = "image"
-    states: Literal["own", "truth", "start"] = "own"  # where states at t > 0 come from: see `FlowSeg.loss`
     prediction: Literal["v", "x"] = "v"  # what the network outputs: v, or x1_hat
     objective: Literal["reshaped", "vanilla"] = "reshaped"
     transform: Literal["log", "linear", "sqrt", "inverse"] = "log"  # T(d)
@@ -60,16 +59,6 @@ class Config:
             raise ValueError(f"eps is {self.eps}, tau {self.tau}; expected positive numbers")
         if self.hidden % (4 * self.heads):
             raise ValueError(f"hidden is {self.hidden}; expected a multiple of 4 x {self.heads} heads")
-
-
-FIELD = {"patch_size": 16, "field_depth": 2, "field_width": 64, "field_ratio": 2}
-PRESETS: dict[str, dict] = {  # large and xl are the published PixNerd L/16 and XL/16
-    "tiny": {},
-    "small": {"patch_size": 16, "hidden": 192, "depth": 3, "heads": 6},
-    "base": FIELD | {"hidden": 768, "depth": 12, "heads": 12},
-    "large": FIELD | {"hidden": 1024, "depth": 22, "heads": 16},
-    "xl": FIELD | {"hidden": 1152, "depth": 26, "heads": 16, "field_depth": 4},
-}
 
 
 class RMSNorm(nn.Module):

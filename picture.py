@@ -20,8 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # no other decoder ever sees a user's bytes
 SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {".jpg": "JPEG", ".tif": "TIFF"}
 IGNORE = 255
-PAPER, INK, RULE, GRID = (250, 250, 248), (38, 42, 48), (140, 143, 148), (226, 227, 229)
-LINES = ((31, 105, 183), (219, 96, 32), (30, 140, 95), (158, 68, 148), (190, 140, 0), (95, 100, 108))
+PAPER, INK, RULE = (250, 250, 248), (38, 42, 48), (140, 143, 148)
 
 
 class PictureError(Exception):
@@ -190,29 +189,6 @@ def strip(frames: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image
     assert len(frames) == len(captions), f"{len(frames)} frames, {len(captions)} captions"
     tiles = [_fit(frame, 256) for frame in frames]
     return ImageOps.expand(_grid(tiles, captions, columns=min(6, len(tiles))), 16, PAPER)
-
-
-def curves(series: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Image.Image:
-    """A plot of named lines of (x, y) from the origin; drawn three times as large, so that it is smooth."""
-    width, height, em = 2700, 1620, 66
-    font = ImageFont.load_default(em)
-    highest = 5 * np.ceil(np.concatenate([*series.values()]).max(0) / 5).clip(1)
-    origin, end = np.array([3 * em, height - 4 * em]), np.array([width - 3 * em, 4 * em])
-    sheet = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for share in np.linspace(0, 1, 6):
-        x, y = origin + share * (end - origin)
-        draw.line((x, origin[1], x, end[1]), GRID, 3)
-        draw.line((origin[0], y, end[0], y), GRID, 3)
-        draw.text((x, origin[1] + em / 2), f"{share * highest[0]:.4g}", INK, font, anchor="mt")
-        draw.text((origin[0] - em / 2, y), f"{share * highest[1]:.3g}", INK, font, anchor="rm")
-    draw.text((origin[0], end[1] - em), ylabel, INK, font, anchor="lb")
-    draw.text((end[0], height - em), xlabel, INK, font, anchor="rb")
-    for i, (name, line) in enumerate(series.items()):
-        points, color = origin + np.array(line) / highest * (end - origin), LINES[i % len(LINES)]
-        draw.line([*map(tuple, points)], color, em // 6, joint="curve")
-        draw.text((origin[0] + i * (end - origin)[0] / len(series), em), name, color, font, anchor="lt")
-    return sheet.resize((width // 3, height // 3), Image.Resampling.LANCZOS)
 
 
 def _grid(tiles: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:

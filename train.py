@@ -1,50 +1,44 @@
-"""Training, evaluation and run directories.
+"""Training and evaluation; run.py has what surrounds a run: its directory, processes and signals.
 
 One loop: draw a batch, take `FlowSeg.loss`, step AdamW, follow with an exponential moving average (EMA), now
 and then score the EMA with the function behind `flowseg eval`, and save. All randomness is a function of
-(seed, step) or of (seed, epoch, index), so a run that was stopped and continued is the same run.
-
-A run directory holds config.json, metrics.jsonl, last.safetensors and best.safetensors (EMA weights: what
-other commands read), state.safetensors (weights, EMA, optimizer, step: what resuming reads), the state saved
-before that one as previous.safetensors, and preview.png.
+(seed, step, place in the batch) or of (seed, epoch, index): a run that was stopped and continued is the same
+run. Under torchrun every process takes its share of each batch and of the validation images; losses,
+gradients and counts are sums over all processes, so their number changes nothing but rounding. The first one
+writes.
 """
 
 import copy
-import json
 import math
-import platform
-import signal
-import subprocess
+import os
+import shlex
+import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import picture
+import run
 from data import IGNORE, Folder, Shapes, Stream, nearest, open_dataset
-from model import CheckpointError, FlowSeg, segment_photo, start_from, weights_hash, write_tensors
-from network import PRESETS, Config
+from model import FlowSeg, draw, segment_photo, start_from, weights_hash
+from network import Config
+from run import RunError, process, summed
 
 Dataset = Folder | Shapes
 MOST_FAILURES = 10  # steps in a row without a finite gradient
-STATE, PREVIOUS = "state.safetensors", "previous.safetensors"
-
-
-class RunError(Exception):
-    """A run that cannot start or continue as asked; the message is one line and says what to do."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -70,15 +64,11 @@ class TrainConfig:
     log_every: int = 25
     workers: int = 0
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on CUDA, float32 elsewhere
+    compile: bool = False  # torch.compile the network
+    deterministic: bool = False  # refuse operations whose result may vary, on a GPU
 
 
-SETUPS: dict[str, dict] = {  # what training a preset starts from
-    "tiny": {},
-    "small": {"size": 144, "max_steps": 4000, "eval_every": 1000, "lr": 2e-3, "ema": 0.998},
-    "base": {"size": 256, "batch": 64, "max_steps": 160_000, "eval_every": 8000, "lr": 1e-4, "ema": 0.9999},
-    "large": {"size": 512, "batch": 16, "max_steps": 160_000, "eval_every": 8000, "lr": 1e-4, "ema": 0.9999},
-    "xl": {"size": 512, "batch": 16, "max_steps": 160_000, "eval_every": 8000, "lr": 1e-4, "ema": 0.9999},
-}
+PRESETS = tomllib.loads(Path(__file__).with_name("flowseg_data").joinpath("presets.toml").read_text())
 
 
 def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
@@ -95,7 +85,7 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
     preset = given.get("preset", TrainConfig.preset)
     if preset not in PRESETS:
         raise RunError(f"--preset {preset}: expected {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
-    values = PRESETS[preset] | SETUPS[preset] | given
+    values = PRESETS[preset] | given
     config = TrainConfig(**_only(TrainConfig, values))
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise RunError(f"dtype is {config.dtype!r}; expected auto, float32 or bfloat16")
@@ -156,130 +146,40 @@ def evaluate(
     """
     num_classes = len(dataset.labels.classes)
     confusion = np.zeros((num_classes, num_classes), np.int64)
-    for i in track(range(len(dataset))):
+    rank, world = process()
+    for i in track(range(rank, len(dataset), world)):
         photo, labels = dataset[i]
         confusion += confusion_matrix(labels, segment_photo(model, photo, size, steps)[0], num_classes)
+    summed(torch.from_numpy(confusion))  # in place
     protocol = {"dataset": dataset.name, "split": dataset.split, "images": len(dataset), "mode": "whole",
                 "short_side": size, "compared_at": "original size", "steps": steps,
                 "weights": weights_hash(model)}  # fmt: skip
     return Metrics(confusion), protocol
 
 
-def claim(folder: Path, config: dict) -> None:
-    """Make the folder this run's own, or check that it is: RunError for another run or foreign content."""
-    path = folder / "config.json"
-    try:
-        if not path.exists():
-            if folder.exists() and any(folder.iterdir()):
-                raise RunError(f"{folder} exists and is not a run directory; choose another with --out")
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(config, indent=2) + "\n")
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot use {folder} ({error}); choose another with --out") from error
-    old, new = ({**whole.get("train", {}), **whole.get("model", {})} for whole in (stored, config))
-    changed = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if old.get(k) != new[k]]
-    if changed:
-        raise RunError(f"{folder} holds another run ({'; '.join(changed)}): repeat its options, or use --out")
-
-
-def log(folder: Path, **values: float) -> None:
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(values) + "\n")
-
-
-def save_state(folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, **progress) -> None:
-    """Write everything that the next step depends on into one file, and keep the one before it."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
-    for parameter, moments in optimizer.state.items():
-        tensors |= {f"optimizer.{names[parameter]}.{k}": v for k, v in moments.items()}
-    write_tensors(tensors, folder / STATE, progress, keep=PREVIOUS)
-
-
-def load_state(
-    folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, say: Callable
-) -> tuple[int, float]:
-    """Continue from the newest state that can be read: (step, best mIoU so far), (0, -1) if there is none."""
-    damage = []
-    for path in filter(Path.exists, (folder / STATE, folder / PREVIOUS)):
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                step, best = (json.loads(file.metadata()[key]) for key in ("step", "best"))
-            break
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
-            damage.append(f"{path} is damaged ({error})")
-    else:
-        if damage:
-            raise CheckpointError(f"{'; '.join(damage)}; choose another folder with --out")
-        return 0, -1.0
-    if damage:  # set aside, so that the next save does not take it for the state to keep
-        say(f"warning: {damage[0]}: going on from the state saved before it, at step {step}", style="yellow")
-        (folder / STATE).replace(folder / "damaged.safetensors")
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    model.load_state_dict(part("model."))
-    ema.load_state_dict(part("ema."))
-    for name, p in model.named_parameters():
-        moments = part(f"optimizer.{name}.").items()
-        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments}
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    metrics.write_text("".join(line + "\n" for line in kept))
-    return step, best
-
-
-def validate(folder: Path, ema: FlowSeg, data: Dataset, config: TrainConfig, step: int, best: float) -> float:
-    """Score the EMA weights, write them as `last` (and `best`) with a preview; returns the mIoU."""
-    steps = ema.config.steps
-    metrics, protocol = evaluate(ema, data, config.size, steps)
-    scores, labels = metrics.scores, data.labels
-    log(folder, step=step, **scores)
+def record(
+    folder: Path, ema: FlowSeg, data: Dataset, config: TrainConfig, step: int, scored: tuple, best: float
+) -> None:
+    """Write what was scored: the EMA weights as `last` (and `best`), a preview, a line of the log."""
+    scores, labels = scored[0].scores, data.labels
     facts = dict(classes=labels.classes, ids=labels.ids, ignore=labels.ignore, dataset=config.dataset,
-                 size=config.size, step=step, protocol=protocol, **scores, **environment())  # fmt: skip
+                 size=config.size, step=step, protocol=scored[1], **scores, **run.environment())  # fmt: skip
     for name in ("last", "best") if scores["mIoU"] > best else ("last",):
         ema.save(folder / f"{name}.safetensors", **facts)
     samples = [data[i] for i in np.unique(np.linspace(0, len(data) - 1, 4).astype(int)).tolist()]
-    rows = [(photo, truth, segment_photo(ema, photo, config.size, steps)[0]) for photo, truth in samples]
+    rows = [(photo, y, segment_photo(ema, photo, config.size, ema.config.steps)[0]) for photo, y in samples]
     sheet = picture.preview(rows, labels.classes, picture.palette(ema.centroids.cpu().numpy()))
     picture.save(folder / "preview.png", sheet)
-    return scores["mIoU"]
-
-
-def environment() -> dict[str, str]:
-    """Versions and commit that weights were made with."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return versions | {"commit": commit or "unknown"}
-
-
-def newest_checkpoint(folder: Path | None = None) -> Path:
-    """The best weights of a run directory, by default of the run under runs/ that was written to last."""
-    found = list(folder.glob("last.safetensors") if folder else Path("runs").glob("*/last.safetensors"))
-    if not found:
-        raise RunError(f"no weights in {folder or 'runs'}/: run `flowseg train`, or pass a checkpoint")
-    newest = max(found, key=lambda path: path.stat().st_mtime)
-    best = newest.with_name("best.safetensors")
-    return best if best.exists() else newest
+    run.log(folder, step=step, **scores)
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, then MPS, then CPU; RunError when the one asked for is not there."""
+    """auto: CUDA, then MPS, then CPU; under torchrun each process its own GPU. RunError: it is not there."""
     there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    if name == "auto":
-        return torch.device(there[0])
+    name = there[0] if name == "auto" else name
     if name.partition(":")[0] not in there:
         raise RunError(f"--device {name} is not available; expected auto, {', '.join(there)}")
-    return torch.device(name)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -296,22 +196,45 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying; a second SIGINT interrupts at once."""
-    received: list[int] = []
+def generators(config: TrainConfig, step: int) -> list[torch.Generator]:
+    """The randomness of this process's images, one an image: keyed by seed, step and place in the batch."""
+    rank, world = process()
+    places = range(config.batch)[rank * config.batch // world :][: config.batch // world]
+    keys = (np.random.SeedSequence([config.seed, step, place]) for place in places)
+    return [torch.Generator().manual_seed(int(key.generate_state(1)[0])) for key in keys]
 
-    def note(number, frame):
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def batches(data: Dataset, config: TrainConfig, step: int) -> Iterator[list[Tensor]]:
+    """Micro-batches of this process from `step` on: images, labels, indices."""
+    rank, world = process()
+    share, total = config.batch // world, config.max_steps * config.batch
+    starts = range(step * config.batch + rank * share, total, config.batch)
+    positions = (start + i for start in starts for i in range(share))
+    return iter(DataLoader(
+        Stream(data, config.size, config.seed), share // config.accumulate, sampler=positions,
+        num_workers=config.workers, timeout=300 if config.workers else 0,  # seconds a batch
+        worker_init_fn=run.ignore_signals,
+    ))  # fmt: skip
+
+
+def backward(model: FlowSeg, parts: list, own: list[torch.Generator], bfloat16: bool) -> dict[str, Tensor]:
+    """Leave the gradient of the mean over all labelled pixels of the batch, whose micro-batches and processes
+    each add their part; returns this process's part of the loss and its diagnostics."""
+    device, totals = model.centroids.device, {}
+    count = summed(sum((labels != IGNORE).sum() for _, labels, _ in parts)).to(device)
+    for i, (images, labels, _) in enumerate(parts):
+        images, labels = images.to(device) / 127.5 - 1, labels.to(device, torch.int64)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss, stats = model.loss(images, labels, own[i * len(images) :][: len(images)], count)
+        loss.backward()
+        for name, value in ({"loss": loss.detach()} | stats).items():
+            totals[name] = totals.get(name, 0) + value
+    if dist.is_initialized():
+        gradients = [p.grad for p in model.parameters()]
+        flat = summed(torch.cat([gradient.flatten() for gradient in gradients]))  # one message
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+    return totals
 
 
 def report(console: Console, bar: Progress, step: int, total: int, means: dict[str, float]) -> None:
@@ -321,20 +244,33 @@ def report(console: Console, bar: Progress, step: int, total: int, means: dict[s
     bar.update(bar.task_ids[0], completed=step, description=text)
     if not console.is_terminal:
         left = timedelta(seconds=round((total - step) * means["seconds_per_step"]))
-        console.print(f"{text}  {left} left", soft_wrap=True, highlight=False)
+        console.print(f"{text}  {left} left")
 
 
 def train(
-    config: TrainConfig, network: Config, folder: Path, device: str, console: Console, kind: type = FlowSeg
-) -> int:
+    config: TrainConfig, network: Config, folder: Path, device: str, console: Console,
+    kind: type = FlowSeg, allow_changes: bool = False,
+) -> int:  # fmt: skip
     """Train or continue the run in `folder`; returns 0, or 128 + the number of the signal that stopped it.
 
-    kind: FlowSeg, or a comparison that keeps its interface (ablate.py).
+    kind: FlowSeg, or a baseline that keeps its interface (tests/baselines.py).
     """
     device = pick_device(device)
-    data = open_dataset(config.dataset, "training", config.root)
-    held_out = open_dataset(config.dataset, "validation", config.root)
-    claim(folder, {"train": asdict(config), "model": asdict(network)})
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    rank, world = process()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.batch % (world * config.accumulate):
+        parts = f"{world} processes x accumulate {config.accumulate}"
+        raise RunError(f"batch is {config.batch}; expected a multiple of {parts}")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA wants for it
+    torch.use_deterministic_algorithms(config.deterministic)
+    data, held_out = (open_dataset(config.dataset, s, config.root) for s in ("training", "validation"))
+    if rank == 0:
+        run.claim(folder, {"train": asdict(config), "model": asdict(network)}, allow_changes)
+    console = console if rank == 0 else Console(quiet=True)
     torch.manual_seed(config.seed)
     model = kind(network)
     if config.init:
@@ -342,59 +278,79 @@ def train(
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(model, config)
-    say = partial(console.print, soft_wrap=True, highlight=False)
-    step, best = load_state(folder, model, ema, optimizer, say)
-    say(f"{folder} on {device} from step {step}: {data.name}, {len(data):,} images; preset {config.preset}, "
+    step, validated, best = run.load_state(folder, model, ema, optimizer, console)
+    if config.compile:  # in place, so that the weights keep their names
+        model.network.compile()
+        model.network.encode = torch.compile(model.network.encode)
+    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    console.print(
+        f"{folder} on {world} x {device} from step {step}: {data.name}, {len(data):,} images; "
+        f"preset {config.preset}, {'bfloat16' if bfloat16 else 'float32'}; "
         f"{network.num_classes} classes, {network.encoding} in {network.dims} dimensions; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")  # fmt: skip
+    console.print(shlex.join(sys.argv), *(" ".join(fact) for fact in run.environment().items()), sep="; ")
 
-    stream = Stream(data, config.size, config.seed)
-    positions = range(step * config.batch, config.max_steps * config.batch)
-    micro_batch = config.batch // config.accumulate
-    loader = iter(DataLoader(stream, micro_batch, sampler=positions, num_workers=config.workers))
-    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    history, failures, began = [], 0, time.perf_counter()
+    def due(period: int) -> bool:
+        return step > 0 and (step % period == 0 or step == config.max_steps)
+
+    failures, saved, since, began = 0, (step, validated), step, time.perf_counter()
     columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn()
     bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
     bar.add_task("starting", total=config.max_steps, completed=step)
-    with stop_signals() as signals, bar:
-        while step < config.max_steps and not signals:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
-            for _ in range(config.accumulate):
-                images, labels, indices = next(loader)
-                images, labels = images.to(device) / 127.5 - 1, labels.to(device, torch.int64)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    loss, stats = model.loss(images, labels, generator)
-                (loss / config.accumulate).backward()
-                history.append({"loss": loss.detach(), **stats})
-            history[-1]["grad_norm"] = norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    with run.caught_signals() as signals, bar:
+        loader = batches(data, config, step)
+        while True:
+            stop, asked = run.agree(signals)
+            if due(config.eval_every) and validated < step and not stop:
+                unless_stopped = partial(takewhile, lambda _: not set(run.STOPS) & set(signals))
+                scored = evaluate(ema, held_out, config.size, ema.config.steps, unless_stopped)
+                stop, more = run.agree(signals)
+                asked = asked or more
+                if not stop:
+                    score = scored[0].scores["mIoU"]
+                    console.print(f"step {step}: validation mIoU {score:.1%}")
+                    if rank == 0:
+                        record(folder, ema, held_out, config, step, scored, best)
+                    validated, best = step, max(best, score)
+                since, began = step, time.perf_counter()
+            if stop or asked or (due(config.save_every) and not failures):  # failing, keep the healthy state
+                if rank == 0 and saved != (step, validated):
+                    run.save_state(folder, model, ema, optimizer, step=step, validated=validated, best=best)
+                saved = step, validated
+            if stop or step == config.max_steps:
+                break
+
+            parts, own = [next(loader) for _ in range(config.accumulate)], generators(config, step)
+            values = backward(model, parts, own, bfloat16)
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
             failures = 0 if norm.isfinite() else failures + 1
             if failures == 0:  # a step without a finite gradient is left out
+                nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, config)
                 optimizer.step()
             elif failures == MOST_FAILURES:
-                files = ", ".join(data.read(i)[2] for i in indices.tolist())
-                what = f"no finite gradient in {failures} steps in a row, the last at step {step} of {files}"
-                raise RunError(f"{what}; lower --lr, or look at these files")
+                t = draw(torch.rand, (len(own),), generators(config, step))
+                bad = next(name for name, p in model.named_parameters() if not p.grad.isfinite().all())
+                files = ", ".join(data.read(i)[2] for *_, indices in parts for i in indices.tolist())
+                where = f"the last at step {step}, first in {bad}, t {t.min():.2f} to {t.max():.2f}"
+                fix = f"lower --lr, or look at {files}"
+                raise RunError(f"no finite gradient in {failures} steps in a row, {where}; {fix}")
             optimizer.zero_grad()
             step += 1
             decay = min(config.ema, step / (10 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
-            last = step == config.max_steps
-            if last or step % config.log_every == 0:
-                means = {k: [h[k] for h in history if k in h] for k in history[-1]}
-                means = {k: float(torch.stack(values).nanmean()) for k, values in means.items()}
-                seconds = (time.perf_counter() - began) * config.accumulate / len(history)
+            if due(config.log_every):
+                sums = summed(torch.stack([*values.values()]).cpu()).tolist()
+                means = dict(zip(values, sums, strict=True)) | {"grad_norm": float(norm)}
+                seconds = (time.perf_counter() - began) / (step - since)
                 means |= {"seconds_per_step": seconds, "images_per_second": config.batch / seconds}
-                log(folder, step=step, lr=group["lr"], **means)
+                means |= {"lr": learning_rate(step - 1, config)} | run.peak_memory(device)
+                if rank == 0:
+                    run.log(folder, step=step, **means)
                 report(console, bar, step, config.max_steps, means)
-                history, began = [], time.perf_counter()
-            if last or step % config.eval_every == 0:
-                score = validate(folder, ema, held_out, config, step, best)
-                say(f"step {step}: validation mIoU {score:.1%}")
-                best, history, began = max(best, score), [], time.perf_counter()
-            if last or signals or (step % config.save_every == 0 and not failures):  # keep the healthy state
-                save_state(folder, model, ema, optimizer, step=step, best=best)
-    return 128 + signals[0] if signals else 0
+                since, began = step, time.perf_counter()
+    if world > 1:
+        dist.destroy_process_group()
+    return 128 + stop if stop else 0

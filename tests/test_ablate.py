@@ -7,11 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import ablate
-import picture
 from data import Shapes
 from model import IGNORE, FlowSeg
 from network import Config
+from tests import ablate
 from tests.baselines import CrossEntropy, UNet, Unmasked
 
 TINY = Config(num_classes=5, patch_size=4, hidden=32, depth=1, heads=2, field_width=8, conv_width=8, dims=5)
@@ -87,8 +86,8 @@ def test_every_row_of_the_default_table_is_a_valid_configuration():
 def test_curves_rise_and_fall_in_their_own_colours():
     steps = np.linspace(0, 1000, 30)
     series = {"up": [(s, s / 10) for s in steps], "down": [(s, 100 - s / 10) for s in steps]}
-    drawn = np.asarray(picture.curves(series, "step", "mIoU"))
-    for color, slope in zip(picture.LINES[:2], (-1, 1), strict=True):
+    drawn = np.asarray(ablate.curves(series, "step", "mIoU"))
+    for color, slope in zip(ablate.LINES[:2], (-1, 1), strict=True):
         y, x = np.nonzero((np.abs(drawn[80:] - color) <= 12).all(-1))
         assert len(x) > 200 and np.sign(np.corrcoef(x, y)[0, 1]) == slope
-    assert picture.curves({"flat": [(0, 0), (5, 0)]}, "step", "mIoU").size == (900, 540)
+    assert ablate.curves({"flat": [(0, 0), (5, 0)]}, "step", "mIoU").size == (900, 540)

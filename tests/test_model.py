@@ -13,13 +13,14 @@ from model import (
     CheckpointError,
     FlowSeg,
     coded,
-    golden,
     kronecker,
     lexicode,
     log_potential,
     potential_gradient,
 )
-from network import PRESETS, Config, Network
+from network import Config, Network
+from tests.baselines import FirstStep, Leaky, golden
+from train import PRESETS, resolve
 
 SMALL = {
     "hidden": 32,
@@ -35,9 +36,9 @@ SMALL = {
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def small(num_classes=5, **changes):
+def small(num_classes=5, kind=FlowSeg, **changes):
     torch.manual_seed(0)
-    return FlowSeg(Config(num_classes, **SMALL | changes))
+    return kind(Config(num_classes, **SMALL | changes))
 
 
 def batch(num_classes=5, size=16, count=2):
@@ -200,7 +201,7 @@ def test_network_equals_the_public_pixnerd(case):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_build_and_large_ones_have_the_published_shape(preset):
     with torch.device("meta"):
-        network = Network(Config(150, **PRESETS[preset]))
+        network = Network(resolve({"preset": preset}, [])[1])
     published = {"large": (1024, 16, 22, 2, 64, 16), "xl": (1152, 16, 26, 4, 64, 16)}
     c = network.config
     if preset in published:
@@ -242,9 +243,9 @@ def test_velocity_at_any_multiple_of_the_patch(size):
 
 @pytest.mark.parametrize("changes", [
     {}, {"objective": "vanilla"}, {"annealed": True}, {"transform": "linear"}, {"transform": "sqrt"},
-    {"transform": "inverse"}, {"prediction": "x"}, {"source": "noise"}, {"encoding": "golden"}, {"dims": 8},
+    {"transform": "inverse"}, {"prediction": "x"}, {"source": "noise"}, {"dims": 8},
     {"encoding": "coded", "dims": 8},
-    {"states": "truth"}, {"states": "start"}, {"conv_width": 0},
+    {"kind": Leaky}, {"kind": FirstStep}, {"conv_width": 0},
 ], ids=str)  # fmt: skip
 def test_every_ablation_trains(changes):
     model, (image, labels) = small(**changes), batch()
@@ -262,8 +263,9 @@ def test_the_loss_changes_with_every_switch():
         {},
         {"objective": "vanilla"},
         {"annealed": True},
-        {"states": "truth"},
-        {"states": "start"},
+        {"kind": Leaky},
+        {"kind": Leaky, "objective": "vanilla"},
+        {"kind": FirstStep},
     ):
         model = small(**changes)
         torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
@@ -282,7 +284,7 @@ def test_the_potential_stays_float32_under_autocast():
 
 
 def test_reshaped_loss_at_the_start_is_the_paper_s():
-    model, (image, labels) = small(states="start"), batch()
+    model, (image, labels) = small(kind=FirstStep), batch()
     torch.nn.init.normal_(model.network.head.weight, std=0.1)
     v = model.velocity(image, torch.zeros(2), image)
     v_gt = kronecker(5)[labels].movedim(-1, 1) - image
@@ -296,7 +298,7 @@ def test_reshaped_loss_at_the_start_is_the_paper_s():
 
 @pytest.mark.parametrize("changes", [{}, {"prediction": "x"}, {"source": "noise"}], ids=str)
 def test_no_state_contains_the_label(changes):
-    """The leak: whatever the labels are, the network must see the same states (`truth` does not)."""
+    """The leak: whatever the labels are, the network must see the same states (Leaky does not)."""
 
     def states(labels, **changes):
         model = small(**changes)
@@ -308,12 +310,12 @@ def test_no_state_contains_the_label(changes):
 
     image, labels = batch()
     assert torch.equal(states(labels, **changes), states(4 - labels, **changes))
-    assert not torch.equal(states(labels, states="truth"), states(4 - labels, states="truth"))
+    assert not torch.equal(states(labels, kind=Leaky), states(4 - labels, kind=Leaky))
 
 
-@pytest.mark.parametrize("states", ["own", "truth", "start"])
-def test_an_all_ignore_batch_has_loss_zero_and_finite_gradients(states):
-    model, (image, labels) = small(states=states), batch()
+@pytest.mark.parametrize("kind", [FlowSeg, Leaky, FirstStep])
+def test_an_all_ignore_batch_has_loss_zero_and_finite_gradients(kind):
+    model, (image, labels) = small(kind=kind), batch()
     loss, stats = model.loss(image, torch.full_like(labels, 255))
     loss.backward()
     assert loss.item() == 0
@@ -323,7 +325,7 @@ def test_an_all_ignore_batch_has_loss_zero_and_finite_gradients(states):
 
 def test_ignored_pixels_change_nothing():
     """Loss and gradient are those of the labelled pixels alone."""
-    model, (image, labels) = small(conv_width=0, depth=0, states="start"), batch()
+    model, (image, labels) = small(conv_width=0, depth=0, kind=FirstStep), batch()
     labels[:, :, 8:] = 255
     torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
     whole = model.loss(image, labels)[0]
@@ -447,7 +449,7 @@ def test_config_errors(changes, message):
 
 
 def test_save_and_load_return_the_same_model(tmp_path):
-    model = small(dims=8, encoding="golden")
+    model = small(dims=8, encoding="coded")
     model.save(tmp_path / "m.safetensors", classes=["a", "b"], mIoU=0.5)
     loaded = FlowSeg.load(tmp_path / "m.safetensors")
     assert loaded.config == model.config

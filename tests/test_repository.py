@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from network import Config
-from train import SETUPS, TrainConfig
+from train import PRESETS, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
@@ -31,7 +31,7 @@ def test_line_budget():
 
 
 def test_imports_point_one_way():
-    order = ["shapes", "picture", "network", "model", "data", "train", "flowseg", "ablate"]
+    order = ["shapes", "picture", "network", "model", "data", "run", "train", "flowseg"]
     for name in order:
         later = set(order[order.index(name) :])
         assert not later & set(imports(MODULES[name])), name
@@ -39,20 +39,20 @@ def test_imports_point_one_way():
 
 def test_only_the_declared_dependencies_are_imported():
     declared = {"torch", "typer", "rich", "numpy", "PIL", "safetensors"}
-    found = {name for path in MODULES.values() for name in imports(path)} - {"tests"}  # ablate's baselines
+    found = {name for path in MODULES.values() for name in imports(path)}
     assert found - set(sys.stdlib_module_names) - set(MODULES) == declared
 
 
 def test_modules_of_the_package_are_the_files():
     project = (ROOT / "pyproject.toml").read_text()
     listed = project.split("py-modules = [")[1].split("]")[0]
-    assert {name.strip(' "') for name in listed.split(",")} == set(MODULES) - {"ablate"}  # a script
+    assert {name.strip(' "') for name in listed.split(",")} == set(MODULES)
 
 
 def test_presets_change_known_fields_only():
-    names = {field.name for field in fields(TrainConfig)}
-    assert all(set(setup) <= names for setup in SETUPS.values())
-    assert not names & {field.name for field in fields(Config)}
+    training, network = ({field.name for field in fields(kind)} for kind in (TrainConfig, Config))
+    assert all(set(preset) <= training | network for preset in PRESETS.values())
+    assert not training & network
 
 
 def test_tests_cannot_reach_the_network():

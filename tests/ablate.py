@@ -1,8 +1,8 @@
 """Rerun the evidence: train rows of the ablation table, score them on held-out photos, print Markdown.
 
-    python ablate.py --dataset camvid-240 --seeds 3 --row default --row "dims=3 objective=vanilla"
+    python -m tests.ablate --dataset camvid-240 --seeds 3 --row default --row "dims=3 objective=vanilla"
 
-A row is `default` or the fields that differ from it; `kind` names a baseline of tests/baselines.py. All rows
+A row is `default` or the fields that differ from it; `kind` names a baseline of baselines.py. All rows
 of a seed see the same images in the same order and, given the same network, start from the same weights. A
 finished run is not repeated and a stopped one continues. Each run directory holds its configuration, seed,
 curve and scores.
@@ -11,24 +11,31 @@ curve and scores.
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
 import picture
 import train as training
 from data import open_dataset
 from model import FlowSeg
-from tests.baselines import CrossEntropy, UNet, Unmasked
+from picture import INK, PAPER
+from run import environment
+from tests.baselines import CrossEntropy, FirstStep, Golden, Leaky, UNet, Unmasked
 
-KINDS = {f"kind={kind.__name__}": kind for kind in (Unmasked, CrossEntropy, UNet)}
+KINDS = {f"kind={kind.__name__}": kind for kind in (Leaky, FirstStep, Golden, Unmasked, CrossEntropy, UNet)}
+GRID = (226, 227, 229)
+LINES = ((31, 105, 183), (219, 96, 32), (30, 140, 95), (158, 68, 148), (190, 140, 0), (95, 100, 108))
 ROWS = [
-    "default", "objective=vanilla", "states=truth", "states=truth objective=vanilla", "states=start",
+    "default", "objective=vanilla", "kind=Leaky objective=vanilla",
     "annealed=true", "prediction=x", "source=noise", "transform=linear", "transform=sqrt",
     "transform=inverse", "eps=1e-4", "eps=1e-3", "eps=1e-1", "tau=0.3", "tau=1", "encoding=kronecker",
-    "encoding=golden", "encoding=coded", "encoding=coded objective=vanilla", "dims=8", "dims=4", "dims=3",
+    "encoding=coded", "encoding=coded objective=vanilla", "dims=8", "dims=4", "dims=3",
     "dims=3 objective=vanilla", "dims=3 tau=1", "conv_width=0", *KINDS,
 ]  # fmt: skip
 
@@ -53,7 +60,7 @@ def run(row: str, given: dict, split: str, steps: list[int], folder: Path) -> di
     for count in steps:
         metrics, facts["protocol"] = training.evaluate(model, data, config.size, count)
         facts["scores"][str(count)] = metrics.scores
-    result.write_text(json.dumps(facts | training.environment(), indent=2) + "\n")
+    result.write_text(json.dumps(facts | environment(), indent=2) + "\n")
     return facts
 
 
@@ -74,6 +81,29 @@ def table(results: dict[str, list[dict]], steps: list[int]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def curves(series: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Image.Image:
+    """A plot of named lines of (x, y) from the origin; drawn three times as large, so that it is smooth."""
+    width, height, em = 2700, 1620, 66
+    font = ImageFont.load_default(em)
+    highest = 5 * np.ceil(np.concatenate([*series.values()]).max(0) / 5).clip(1)
+    origin, end = np.array([3 * em, height - 4 * em]), np.array([width - 3 * em, 4 * em])
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for share in np.linspace(0, 1, 6):
+        x, y = origin + share * (end - origin)
+        draw.line((x, origin[1], x, end[1]), GRID, 3)
+        draw.line((origin[0], y, end[0], y), GRID, 3)
+        draw.text((x, origin[1] + em / 2), f"{share * highest[0]:.4g}", INK, font, anchor="mt")
+        draw.text((origin[0] - em / 2, y), f"{share * highest[1]:.3g}", INK, font, anchor="rm")
+    draw.text((origin[0], end[1] - em), ylabel, INK, font, anchor="lb")
+    draw.text((end[0], height - em), xlabel, INK, font, anchor="rb")
+    for i, (name, line) in enumerate(series.items()):
+        points, color = origin + np.array(line) / highest * (end - origin), LINES[i % len(LINES)]
+        draw.line([*map(tuple, points)], color, em // 6, joint="curve")
+        draw.text((origin[0] + i * (end - origin)[0] / len(series), em), name, color, font, anchor="lt")
+    return sheet.resize((width // 3, height // 3), Image.Resampling.LANCZOS)
+
+
 def main(
     dataset: str = "shapes",
     root: Annotated[str, typer.Option(help="Data root.")] = "",
@@ -86,7 +116,7 @@ def main(
     steps: Annotated[list[int], typer.Option(help="Euler steps; begin with 1.")] = (1, 4, 10),
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/ablations"),
 ) -> None:
-    """Train and score rows of the ablation table; see the top of ablate.py."""
+    """Train and score rows of the ablation table; see the top of tests/ablate.py."""
     given = {"dataset": dataset, "root": root, "preset": preset, "size": size, "max_steps": max_steps}
     given |= dict.fromkeys(("eval_every", "save_every"), max(1, max_steps // 6))
     results, lines = {}, {}
@@ -97,7 +127,7 @@ def main(
         lines[name] = [(0, 0)] + [(entry["step"], 100 * entry["mIoU"]) for entry in log if "mIoU" in entry]
     text = table(results, list(steps))
     (out / "table.md").write_text(text + "\n")
-    picture.save(out / "curves.png", picture.curves(lines, "step", "validation mIoU"))
+    picture.save(out / "curves.png", curves(lines, "step", "validation mIoU"))
     print(text)
 
 

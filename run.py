@@ -1,0 +1,189 @@
+"""Runs: their directories, how they go on where they stopped, their processes and signals.
+
+In a run directory, config.json says what was asked for and metrics.jsonl has a line per report;
+last.safetensors and best.safetensors are EMA weights, which other commands read; state.safetensors (weights,
+EMA, optimizer, step) is what resuming reads, previous.safetensors the state saved before it, and preview.png
+shows four validation photos. Weights and states are written whole or not at all.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model import CheckpointError, FlowSeg, write_tensors
+
+STATE, PREVIOUS = "state.safetensors", "previous.safetensors"
+STOPS = (signal.SIGINT, signal.SIGTERM)
+SAVE = getattr(signal, "SIGUSR1", None)  # save now and go on; Windows has none
+
+
+class RunError(Exception):
+    """A run that cannot start or continue as asked; the message is one line and says what to do."""
+
+    exit_code = 2
+
+
+def claim(folder: Path, config: dict, allow_changes: bool) -> None:
+    """Make the folder this run's own, or check that it is: RunError for another run or foreign content."""
+    path = folder / "config.json"
+    try:
+        if not path.exists() and folder.exists() and any(file.name[0] != "." for file in folder.iterdir()):
+            raise RunError(f"{folder} exists and is not a run directory; choose another with --out")
+        stored = json.loads(path.read_text()) if path.exists() else config
+        old, new = ({**whole.get("train", {}), **whole.get("model", {})} for whole in (stored, config))
+        changed = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if old.get(k) != new[k]]
+        if changed and not allow_changes:
+            fix = "repeat its options, use --out, or --allow-changes"
+            raise RunError(f"{folder} holds another run ({'; '.join(changed)}): {fix}")
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(config, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot use {folder} ({error}); choose another with --out") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def log(folder: Path, **values: float) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def save_state(folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, **progress) -> None:
+    """Write everything that the next step depends on into one file, and keep the one before it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for parameter, moments in optimizer.state.items():
+        tensors |= {f"optimizer.{names[parameter]}.{k}": v for k, v in moments.items()}
+    write_tensors(tensors, folder / STATE, progress, keep=PREVIOUS)
+
+
+def load_state(
+    folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, console: Console
+) -> tuple[int, int, float]:
+    """Continue from the newest state that can be read: step, step last validated and best mIoU so far."""
+    damage = []
+    for path in filter(Path.exists, (folder / STATE, folder / PREVIOUS)):
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                step, validated, best = (
+                    json.loads(file.metadata()[k]) for k in ("step", "validated", "best")
+                )
+            break
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            damage.append(f"{path} is damaged ({error})")
+    else:
+        if damage:
+            raise CheckpointError(f"{'; '.join(damage)}; choose another folder with --out")
+        return 0, 0, -1.0
+    first = process()[0] == 0
+    if damage and first:  # set aside, so that the next save does not take it for the state to keep
+        rest = f"going on from the state saved before it, at step {step}"
+        console.print(f"warning: {damage[0]}: {rest}", style="yellow")
+        (folder / STATE).replace(folder / "damaged.safetensors")
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    ema.load_state_dict(part("ema."))
+    for name, p in model.named_parameters():
+        moments = part(f"optimizer.{name}.").items()
+        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments}
+    metrics = folder / "metrics.jsonl"
+    if first and metrics.exists():  # what was logged after this state will be logged again
+        lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if line["step"] <= (validated if "mIoU" in line else step)]
+        replace_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
+    return step, validated, best
+
+
+def newest_checkpoint(folder: Path | None = None) -> Path:
+    """The best weights of a run directory, by default of the run under runs/ that was written to last."""
+    found = list(folder.glob("last.safetensors") if folder else Path("runs").glob("*/last.safetensors"))
+    if not found:
+        raise RunError(f"no weights in {folder or 'runs'}/: run `flowseg train`, or pass a checkpoint")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    best = newest.with_name("best.safetensors")
+    return best if best.exists() else newest
+
+
+def environment() -> dict[str, str]:
+    """Versions and commit that weights were made with."""
+    here, commit = Path(__file__).parent, ""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        if (here / ".git").exists():  # not that of a repository around an installed wheel
+            command = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return versions | {"commit": commit or "unknown"}
+
+
+def process() -> tuple[int, int]:
+    """Rank and number of the processes that train together: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect signals instead of dying; a second SIGINT interrupts at once (torchrun sends two itself)."""
+    received: list[int] = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and number in received and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (*STOPS, SAVE) if number}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """Leave what a whole process group receives to the process that trains."""
+    for number in filter(None, (*STOPS, SAVE)):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def agree(signals: list[int]) -> tuple[int, bool]:
+    """The signal to stop for, or 0, and whether one asks to save: the same answer in every process."""
+    counts = summed(torch.tensor([signals.count(number) for number in (*STOPS, SAVE)])).tolist()
+    signals[:] = [number for number in signals if number in STOPS]
+    return next((number for number, count in zip(STOPS, counts, strict=False) if count), 0), counts[-1] > 0
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory in use so far: on the GPU, or by this process where the system says it."""
+    if device.type == "cuda":
+        return {"peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+    if sys.platform != "linux":
+        return {}
+    peak = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    return {"peak_memory_gb": int(peak) * 1024 / 1e9}
