@@ -24,6 +24,7 @@ from shapes import GROUND, HUES, THINGS, scene
 
 IGNORE = 255
 SPLITS = ("training", "validation", "test")
+TABLES = {path.stem: path for path in sorted(Path(__file__).with_name("flowseg_data").joinpath("labels").glob("*.toml"))}
 EXAMPLE = "images/<split>/, annotations/<split>/ and dataset.toml with the line: classes = ['sky', 'road']"
 
 
@@ -64,9 +65,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def _parse_toml(text: str) -> tuple[str | None, LabelTable, dict[str, str]]:
-    """Return name, label table and the folder name of each split; ValueError says what is wrong."""
-    given, known = tomllib.loads(text), ("name", "classes", "ids", "ignore", "splits")
+def _parse_toml(text: str) -> tuple[dict, LabelTable, dict[str, str]]:
+    """Return all keys, label table and the folder name of each split; ValueError says what is wrong."""
+    given, known = tomllib.loads(text), ("name", "classes", "ids", "ignore", "splits", "source")
     for key in given:
         if key not in known:
             raise ValueError(f"unknown key {key!r}; expected {', '.join(known)}{nearest(key, known)}")
@@ -86,9 +87,9 @@ def _parse_toml(text: str) -> tuple[str | None, LabelTable, dict[str, str]]:
         raise ValueError(f"{len(ids)} ids for {len(classes)} classes; expected one each, all within 0..65535")
     if both := set(ids) & set(ignore):
         raise ValueError(f"raw values {sorted(both)} are in both ids and ignore; keep one")
-    if len(splits) != 3 or not isinstance(given.get("name", ""), str):
-        raise ValueError(f"name must be a string, and splits the three folders of {', '.join(SPLITS)}")
-    return given.get("name"), LabelTable(classes, ids, ignore), dict(zip(SPLITS, splits, strict=True))
+    if len(splits) not in (2, 3) or {type(given.get(key, "")) for key in ("name", "source")} != {str}:
+        raise ValueError(f"name and source are strings, splits the 2 or 3 folders of {', '.join(SPLITS)}")
+    return given, LabelTable(classes, ids, ignore), dict(zip(SPLITS, splits, strict=False))
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -121,36 +122,37 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 class Folder:
-    """images/<split>/ and annotations/<split>/ with equal stems, and dataset.toml; raises DataError."""
+    """images/<split>/ and annotations/<split>/ with equal stems, and dataset.toml; raises DataError.
+
+    toml: takes the place of the folder's own. Not strict: what is missing is listed in `unpaired` instead.
+    """
 
     augment = True
 
-    def __init__(self, root: Path, split: str, strict: bool = True):
-        self.split = split
-        toml = Path(root) / "dataset.toml"
+    def __init__(self, root: Path, split: str, strict: bool = True, toml: Path | None = None):
+        toml = toml or Path(root) / "dataset.toml"
         if not toml.is_file():
             raise DataError(f"{root}: has no dataset.toml; expected a folder with {EXAMPLE}")
         try:
-            name, self.labels, folders = _parse_toml(toml.read_text(encoding="utf-8"))
+            given, self.labels, folders = _parse_toml(toml.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{toml}: {error}") from None
-        self.name = name or toml.parent.resolve().name
-        dirs = [toml.parent / kind / folders[split] for kind in ("images", "annotations")]
-        for folder in dirs:
-            if not folder.is_dir():
-                raise DataError(f"{folder}: no such folder; make it, or name the folders by splits in {toml}")
+        self.name, self.split, self.splits = given.get("name") or Path(root).resolve().name, split, [*folders]
+        if split not in folders:
+            raise DataError(f"{self.name} has no {split} split; expected {' or '.join(folders)}")
+        dirs = [Path(root) / kind / folders[split] for kind in ("images", "annotations")]
+        fix = given.get("source", f"make it, or name the folders by splits in {toml}")
         images, masks = map(_by_stem, dirs)
         self.pairs = [(images[stem], masks[stem]) for stem in images if stem in masks]
-        self.unpaired = []
+        self.unpaired = [f"{folder}: no such folder; {fix}" for folder in dirs if not folder.is_dir()][:1]
+        if not self.unpaired and not images:
+            self.unpaired = [f"{dirs[0]}: holds no image; expected files such as a.jpg with {dirs[1]}/a.png"]
         missing = (images, masks, "annotation", dirs[1]), (masks, images, "image", dirs[0])
-        for files, others, kind, folder in missing:
+        for files, others, kind, folder in () if self.unpaired else missing:
             alone = [path for stem, path in files.items() if stem not in others]
-            count = f"{len(alone)} of {len(files)} files have none"
-            lack = f"no {kind} with the same stem in {folder}; {count}"
+            lack = f"no {kind} with the same stem in {folder}; {len(alone)} of {len(files)} files have none"
             self.unpaired += [f"{path}: {lack}" for path in alone[:1]]
-        if not images:
-            raise DataError(f"{dirs[0]}: holds no image; expected files such as a.jpg with {dirs[1]}/a.png")
-        if strict and len(self.pairs) < len(images):
+        if strict and len(self.pairs) < max(1, len(images)):
             raise DataError(self.unpaired[0])
 
     def __len__(self) -> int:
@@ -175,7 +177,7 @@ class Folder:
 class Shapes:
     """Things on textured ground, endless and without files; classes by form and texture, not by colour."""
 
-    augment, unpaired = False, ()
+    augment, unpaired, splits = False, (), SPLITS
 
     def __init__(self, split: str, fine: bool = False, seed: int = 0):
         self.name, self.split, self.fine, self.seed = "shapes-fine" if fine else "shapes", split, fine, seed
@@ -198,16 +200,19 @@ class Shapes:
 
 
 def open_dataset(dataset: str, split: str, root: Path | None = None, strict: bool = True) -> Folder | Shapes:
-    """Open "shapes", "shapes-fine", a folder below the data root, or a path; DataError otherwise."""
+    """Open "shapes", "shapes-fine", a folder below the data root, whose own dataset.toml wins over the table
+    shipped for its name, or a path; DataError otherwise."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown; expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if dataset in ("shapes", "shapes-fine"):
         return Shapes(split, fine=dataset == "shapes-fine")
     root = Path(root or os.environ.get("FLOWSEG_DATA") or "~/.cache/flowseg").expanduser()
-    folder = root / dataset if (root / dataset / "dataset.toml").is_file() else Path(dataset).expanduser()
-    if folder.is_dir():
+    own = (root / dataset / "dataset.toml").is_file()
+    if own or dataset in TABLES:
+        return Folder(root / dataset, split, strict, None if own else TABLES[dataset])
+    if (folder := Path(dataset).expanduser()).is_dir():
         return Folder(folder, split, strict)
-    known = ["shapes", "shapes-fine", *(path.parent.name for path in root.glob("*/dataset.toml"))]
+    known = ["shapes", "shapes-fine", *TABLES, *(path.parent.name for path in root.glob("*/dataset.toml"))]
     hint = f"expected {', '.join(known)} or a folder with {EXAMPLE}{nearest(dataset, known)}"
     raise DataError(f"data set {dataset!r} not found; {hint}")
 

@@ -251,10 +251,10 @@ def _machine() -> dict:
 
 def _describe(dataset: str, root: Path | None, limit: int | None) -> dict:
     """Label table and, per split, counts and problems of a data set; needs no PyTorch."""
-    from data import SPLITS, open_dataset, problems
+    from data import open_dataset, problems
 
     facts = {"name": dataset, "classes": [], "splits": {}, "problems": []}
-    for split in SPLITS:
+    for split in open_dataset(dataset, "training", root, strict=False).splits:
         data = open_dataset(dataset, split, root, strict=False)
         limit = limit or (None if data.augment else 200)  # scenes are made: a sample is enough
         facts["splits"][split], found = problems(data, limit)

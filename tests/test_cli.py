@@ -181,6 +181,18 @@ def test_info_reports_problems_with_exit_code_3(tmp_path):
     assert "1.png" in result.stdout
 
 
+def test_info_prints_the_table_of_a_named_data_set_that_is_not_there(tmp_path):
+    result = flowseg("info", "ade20k", cwd=tmp_path)
+    assert result.returncode == 3
+    assert all(
+        word in result.stdout for word in ("windowpane", "149", "150", "images/training: no such folder")
+    )
+    facts = json.loads(flowseg("info", "coco-stuff", "--json", cwd=tmp_path).stdout)
+    assert facts["classes"][170] == {"id": 170, "raw": 181, "name": "wood"}
+    assert list(facts["splits"]) == ["training", "validation"]
+    assert len(facts["problems"]) == 2
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_command_continues(tmp_path, number):
     make_folder(tmp_path / "halves")
@@ -214,6 +226,8 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, number):
     (["eval"], 2, ["no weights", "flowseg train"]),
     (["eval", "missing.safetensors"], 5, ["missing.safetensors does not exist"]),
     (["info", "missing"], 3, ["'missing' not found"]),
+    (["info", "ade2k"], 3, ["'ade2k' not found", "did you mean 'ade20k'"]),
+    (["train", "--dataset", "ade20k"], 3, ["no-data/ade20k/images/training: no such folder; get", "0.97 GB"]),
     (["segment", "missing.jpg", "-o", "mask.png"], 1, ["missing.jpg"]),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_a_mistake_is_one_line(tmp_path, arguments, code, words):

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data import (
     HUES,
     IGNORE,
     SPLITS,
+    TABLES,
     DataError,
     Folder,
     LabelTable,
@@ -422,20 +424,84 @@ def test_open_dataset_finds_names_paths_and_the_nearest_match(tmp_path, monkeypa
         ("classes = ['a', 'a']", "different"),
         ("classes = ['a', 1]", "classes must be a list"),
         (f"classes = {[str(k) for k in range(256)]}", "256 names"),
-        ("class = ['a']", "unknown key 'class'; expected name, classes, ids, ignore, splits; did you mean"),
+        ("class = ['a']", "unknown key 'class'; expected name, classes, ids, ignore, splits, source; did"),
         (CLASSES + "ids = [0, 1]", "2 ids for 3 classes"),
         (CLASSES + "ids = [0, 1, 1]", "ids must be a list of different int"),
         (CLASSES + "ids = [0, 1, true]", "ids must be a list of different int"),
         (CLASSES + "ids = [0, 1, 65536]", "0..65535"),
         (CLASSES + "ignore = [-1]", "0..65535"),
         (CLASSES + "ignore = [2, 255]", "[2] are in both ids and ignore"),
-        (CLASSES + "splits = ['train', 'val']", "splits"),
-        (CLASSES + "name = 3", "name must be a string"),
+        (CLASSES + "splits = ['train']", "splits the 2 or 3 folders of training"),
+        (CLASSES + "name = 3", "name and source are strings"),
+        (CLASSES + "source = 3", "name and source are strings"),
     ],
 )
 def test_errors_of_dataset_toml(tmp_path, toml, expected):
     message = error_of(Folder, make_folder(tmp_path, [mask_of(0)], toml), "training")
     assert message.startswith(str(tmp_path / "dataset.toml")) and expected in message
+
+
+# ---- named data sets ----
+
+COUNTS = {"ade20k": 150, "camvid": 11, "coco-stuff": 171}
+HOLES = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+
+
+def make_named(root: Path, name: str, splits: dict[str, list[np.ndarray]]) -> Path:
+    for split, masks in splits.items():
+        make_folder(root / name, masks, split=split)
+    (root / name / "dataset.toml").unlink()
+    return root
+
+
+def test_named_tables_are_the_published_ones(tmp_path):
+    tables = {name: open_dataset(name, "training", tmp_path, strict=False).labels for name in TABLES}
+    assert {name: len(table.classes) for name, table in tables.items()} == COUNTS
+    assert tables["ade20k"].ids == (*range(1, 151),) and tables["ade20k"].ignore == (0,)
+    assert tables["coco-stuff"].ids == (*sorted(set(range(182)) - HOLES),)
+    assert tables["coco-stuff"].ignore == (255,)
+    assert tables["camvid"].ids == (*range(11),) and tables["camvid"].ignore == (11, 255)
+    for name, first, last in (("ade20k", "wall", "flag"), ("coco-stuff", "person", "wood")):
+        assert (tables[name].classes[0], tables[name].classes[-1]) == (first, last)
+
+
+@pytest.mark.parametrize("hole", sorted(HOLES))
+def test_a_hole_of_coco_stuff_is_an_error(tmp_path, hole):
+    root = make_named(tmp_path, "coco-stuff", {"train2017": [mask_of(0, hole)]})
+    message = error_of(open_dataset("coco-stuff", "training", root).__getitem__, 0)
+    assert f"raw value {hole} is in neither" in message and "a0.png" in message
+
+
+def test_a_named_data_set_is_read_in_its_official_layout(tmp_path):
+    splits = {"training": [mask_of(0, 1, 150)], "validation": [mask_of(150)] * 2}
+    root = make_named(tmp_path, "ade20k", splits)
+    training, validation = (open_dataset("ade20k", split, root) for split in SPLITS[:2])
+    assert (training.name, len(training), len(validation)) == ("ade20k", 1, 2)
+    assert training[0][1][0, :3].tolist() == [IGNORE, 0, 149]
+    message = error_of(open_dataset, "ade20k", "test", root)
+    assert message == "ade20k has no test split; expected training or validation"
+    (root / "ade20k/annotations/validation/a1.png").unlink()
+    assert "a1.jpg" in error_of(open_dataset, "ade20k", "validation", root)
+    assert "a1.jpg" in open_dataset("ade20k", "validation", root, strict=False).unpaired[0]
+
+
+def test_a_dataset_toml_of_its_own_wins_over_the_shipped_table(tmp_path):
+    make_folder(tmp_path / "ade20k", [mask_of(0)])
+    assert open_dataset("ade20k", "training", tmp_path).labels.classes == ("sky", "road", "car")
+
+
+def test_a_folder_in_the_working_directory_is_not_taken_for_a_named_data_set(tmp_path, monkeypatch):
+    make_folder(tmp_path / "ade20k", [mask_of(0)])
+    monkeypatch.chdir(tmp_path)
+    assert "no such folder" in error_of(open_dataset, "ade20k", "training", tmp_path / "elsewhere")
+    assert open_dataset("./ade20k", "training", tmp_path / "elsewhere").labels.classes[0] == "sky"
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_an_absent_named_data_set_says_where_it_belongs_and_comes_from(tmp_path, name):
+    message = error_of(open_dataset, name, "training", tmp_path)
+    assert message.startswith(str(tmp_path / name / "images")) and "no such folder; get " in message
+    assert "http" in message and (" GB)" in message or " MB)" in message)
 
 
 # ---- problems ----
@@ -509,12 +575,61 @@ def test_an_on_off_mask_with_the_right_table_is_no_problem(tmp_path):
 # ---- real data ----
 
 
-@pytest.mark.skipif(
-    not Path(os.environ.get("FLOWSEG_SHARED", "/nowhere"), "data/camvid-240").is_dir(),
-    reason="set FLOWSEG_SHARED to a folder with data/camvid-240",
-)
+def real(name: str) -> Path:
+    folder = Path(os.environ.get("FLOWSEG_SHARED", "/nowhere"), "data", name)
+    if not folder.is_dir():
+        pytest.skip(f"set FLOWSEG_SHARED to a folder with data/{name}")
+    return folder
+
+
+def test_the_ade20k_sample_has_all_ids_right(tmp_path):
+    sample = real("ade20k-sample")
+    (tmp_path / "ade20k").symlink_to(sample)
+    names = [line.split("\t")[-1] for line in (sample / "objectInfo150.txt").read_text().splitlines()[1:]]
+    seen = set()
+    for split, count in (("training", 5), ("validation", 3)):
+        data = open_dataset("ade20k", split, tmp_path)
+        assert len(data) == count and problems(data)[1] == []
+        assert data.labels.classes == tuple(name.split(",")[0].strip() for name in names)
+        for index, (_, mask) in enumerate(data.pairs):
+            raw = np.asarray(Image.open(mask)).astype(int)
+            assert (data[index][1] == np.where(raw == 0, IGNORE, raw - 1)).all()
+            seen |= set(np.unique(raw))
+    assert 0 in seen and len(seen) > 40
+
+
+def test_ade20k_photos_without_annotation_are_named(tmp_path):
+    sample, folder = real("ade20k-sample"), tmp_path / "ade20k"
+    for kind in ("images", "annotations"):
+        shutil.copytree(sample / kind, folder / kind)
+    shutil.copytree(sample / "images-without-annotation", folder / "images/validation", dirs_exist_ok=True)
+    found = problems(open_dataset("ade20k", "validation", tmp_path, strict=False))[1]
+    assert len(found) == 1 and "ADE_val_00001519.jpg: no annotation" in found[0] and "4 of 7" in found[0]
+
+
+def test_the_coco_stuff_sample_has_all_ids_right(tmp_path):
+    """Against the published table and against the masks that another tool converted to train ids."""
+    sample = real("cocostuff-sample")
+    (tmp_path / "coco-stuff").symlink_to(sample)
+    rows = [line.split("\t") for line in (sample / "classes171.tsv").read_text().splitlines()[1:]]
+    expected, compared = np.full(256, IGNORE), 0
+    expected[[int(row[1]) for row in rows]] = [int(row[0]) for row in rows]
+    for split, count in (("training", 13), ("validation", 8)):
+        data = open_dataset("coco-stuff", split, tmp_path)
+        assert len(data) == count and data.labels.classes == tuple(row[3] for row in rows)
+        assert data.labels.ids == tuple(int(row[1]) for row in rows)
+        for index, (_, mask) in enumerate(data.pairs):
+            labels = data[index][1]
+            assert (labels == expected[np.asarray(Image.open(mask))]).all()
+            converted = mask.with_name(f"{mask.stem}_labelTrainIds.png")
+            if converted.exists():
+                assert (labels == np.asarray(Image.open(converted))).all()
+                compared += 1
+    assert compared == len(list(sample.rglob("*_labelTrainIds.png")))
+
+
 def test_camvid_is_clean():
-    root = Path(os.environ["FLOWSEG_SHARED"]) / "data"
+    root = real("camvid-240").parent
     scans = [problems(open_dataset("camvid-240", split, root), limit=20) for split in SPLITS]
     counts = [len(open_dataset("camvid-240", split, root)) for split in SPLITS]
     assert counts == [367, 101, 233] and not any(found for _, found in scans)

@@ -49,6 +49,13 @@ def test_modules_of_the_package_are_the_files():
     assert {name.strip(' "') for name in listed.split(",")} == set(MODULES)
 
 
+def test_label_tables_are_installed():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'packages = ["flowseg_data/labels"]' in project
+    assert 'package-data = { flowseg_labels = ["*.toml"] }' in project
+    assert {path.suffix for path in (ROOT / "flowseg_data/labels").iterdir()} == {".toml"}
+
+
 def test_presets_change_known_fields_only():
     training, network = ({field.name for field in fields(kind)} for kind in (TrainConfig, Config))
     assert all(set(preset) <= training | network for preset in PRESETS.values())
