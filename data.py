@@ -24,7 +24,7 @@ from shapes import GROUND, HUES, THINGS, scene
 
 IGNORE = 255
 SPLITS = ("training", "validation", "test")
-TABLES = {path.stem: path for path in sorted(Path(__file__).with_name("flowseg_data").joinpath("labels").glob("*.toml"))}
+TABLES = {path.stem: path for path in sorted(Path(__file__).parent.glob("flowseg_data/labels/*.toml"))}
 EXAMPLE = "images/<split>/, annotations/<split>/ and dataset.toml with the line: classes = ['sky', 'road']"
 
 
@@ -122,10 +122,8 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 class Folder:
-    """images/<split>/ and annotations/<split>/ with equal stems, and dataset.toml; raises DataError.
-
-    toml: takes the place of the folder's own. Not strict: what is missing is listed in `unpaired` instead.
-    """
+    """images/<split>/ and annotations/<split>/ with equal stems, and dataset.toml, or `toml` in its place;
+    what is missing raises DataError, or if not `strict` is listed in `unpaired`."""
 
     augment = True
 
@@ -238,10 +236,9 @@ def augment(image: Image.Image, labels: np.ndarray, size: int, rng: np.random.Ge
 
     if rng.random() < 0.5:
         image, window = ImageOps.mirror(image), window[:, ::-1]
-    canvas, padded = Image.new("RGB", (size, size), (127,) * 3), np.full((size, size), IGNORE, np.uint8)
-    canvas.paste(image)
-    padded[: window.shape[0], : window.shape[1]] = window
-    return canvas, padded
+    below, beside = size - window.shape[0], size - window.shape[1]
+    image = ImageOps.expand(image, (0, 0, beside, below), (127,) * 3)
+    return image, np.pad(window, ((0, below), (0, beside)), constant_values=IGNORE)
 
 
 def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -289,16 +286,21 @@ class Stream:
         return np.ascontiguousarray(np.moveaxis(np.asarray(image), 2, 0)), np.array(labels), index
 
 
+def evenly_spaced(total: int, limit: int | None = None) -> list[int]:
+    """Up to `limit` evenly spaced indices below total, or all."""
+    return np.unique(np.linspace(0, total - 1, min(total, limit or total)).astype(int)).tolist()
+
+
 def problems(dataset: Folder | Shapes, limit: int | None = None) -> tuple[dict, list[str]]:
     """Read up to `limit` evenly spaced samples, or all: counts, and one line for every kind of problem.
 
     Counts: images, checked, pixels by train id, ignored pixels. A line: first file, what, how many, fix.
     """
     total, pixels, errors = len(dataset), Counter(), {}
-    indices = np.unique(np.linspace(0, total - 1, min(total, limit or total)).astype(int))
+    indices = evenly_spaced(total, limit)
     for index in indices:
         try:
-            _, raw, where = dataset.read(int(index))
+            _, raw, where = dataset.read(index)
             pixels.update(dict(zip(*(a.tolist() for a in np.unique(raw, return_counts=True)), strict=True)))
             dataset.labels.to_train(raw, where)
         except DataError as error:  # one kind: the words after the file's name, up to a number or a bracket

@@ -5,6 +5,8 @@ Results go to stdout, progress and logs to stderr. Exit codes: 0 ok, 1 some inpu
 PyTorch is imported inside the command that needs it, so that --help is instant.
 """
 
+import csv
+import io
 import json
 import os
 import sys
@@ -12,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -35,6 +37,7 @@ Root = Annotated[Path | None, Option(help="Data root; else $FLOWSEG_DATA, else ~
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Steps = Annotated[int | None, Option(min=1, help="Euler steps; what the weights were made for if not given.")]
 Size = Annotated[int | None, Option(min=8, help="Short side images are resized to; else the training size.")]
+Limit = Annotated[int | None, Option(min=1, help="Most images of a split, evenly spaced.")]
 Settings = Annotated[list[str] | None, Option("--set", metavar="FIELD=VALUE", help="Any other field.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress: results and errors only.")]
 
@@ -104,8 +107,12 @@ def evaluate(
     split: Annotated[str, Option(help="training, validation or test.")] = "validation",
     steps: Steps = None,
     size: Size = None,
+    limit: Limit = None,
+    flip: Annotated[bool, Option("--flip", help="Average with the mirror image.")] = False,
+    mode: Annotated[Literal["whole", "slide"], Option(help="slide: overlapping square windows.")] = "whole",
     device: Device = "auto",
     json_file: Annotated[Path | None, Option("--json", help="Also write the scores to this file.")] = None,
+    csv_file: Annotated[Path | None, Option("--csv", help="Also write the table to this file.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
@@ -123,21 +130,18 @@ def evaluate(
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
     progress = partial(track, description="evaluating", console=console, transient=True)
     size, steps = size or model.metadata["size"], steps or model.config.steps
-    metrics, protocol = evaluate(model, data, size, steps, progress)
-    classes = [
-        {"name": name, "IoU": None if iou != iou else float(iou), "pixels": int(pixels)}
-        for name, iou, pixels in zip(known, metrics.iou, metrics.confusion.sum(1), strict=True)
-    ]
-    if json_file:
+    metrics, protocol = evaluate(model, data, size, steps, progress, limit, flip, mode)
+    table = [*zip(known, metrics.iou.tolist(), metrics.confusion.sum(1).tolist(), strict=True)]
+    classes = [{"name": name, "IoU": None if iou != iou else iou, "pixels": n} for name, iou, n in table]
+    facts, lines = metrics.scores | {"classes": classes, "protocol": protocol}, io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([classes[0], *(c.values() for c in classes)])
+    for file, text in ((json_file, json.dumps(facts, indent=2)), (csv_file, lines.getvalue())):
         try:
-            facts = metrics.scores | {"classes": classes, "protocol": protocol}
-            json_file.write_text(json.dumps(facts, indent=2))
+            if file:
+                file.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise BadParameter(
-                f"cannot write {json_file}: {error.strerror}; choose another --json"
-            ) from error
-    shown = ["absent" if c["IoU"] is None else f"{c['IoU']:.1%}" for c in classes]
-    rows = [(c["name"], iou, f"{c['pixels']:,}") for c, iou in zip(classes, shown, strict=True)]
+            raise BadParameter(f"cannot write {file}: {error.strerror}; choose another file") from error
+    rows = [(name, "absent" if iou != iou else f"{iou:.1%}", f"{n:,}") for name, iou, n in table]
     _print_table(("class", "IoU", "labelled pixels"), rows)
     out.print("  ".join(f"{name} {value:.2%}" for name, value in metrics.scores.items()), style="bold")
     out.print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
@@ -214,7 +218,7 @@ def _segment_one(model, path: Path, files: dict[str, Path], steps: int, size: in
 def info(
     what: Annotated[str | None, Argument(help="A data set or a checkpoint; nothing: this machine.")] = None,
     root: Root = None,
-    limit: Annotated[int | None, Option(min=1, help="Most images to check per split.")] = None,
+    limit: Limit = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is here: the machine; a data set, with every problem found; or what a checkpoint holds."""
@@ -253,14 +257,13 @@ def _describe(dataset: str, root: Path | None, limit: int | None) -> dict:
     """Label table and, per split, counts and problems of a data set; needs no PyTorch."""
     from data import open_dataset, problems
 
-    facts = {"name": dataset, "classes": [], "splits": {}, "problems": []}
-    for split in open_dataset(dataset, "training", root, strict=False).splits:
-        data = open_dataset(dataset, split, root, strict=False)
-        limit = limit or (None if data.augment else 200)  # scenes are made: a sample is enough
-        facts["splits"][split], found = problems(data, limit)
-        table = zip(data.labels.ids, data.labels.classes, strict=True)
-        facts["classes"] = [{"id": i, "raw": raw, "name": name} for i, (raw, name) in enumerate(table)]
-        facts["ignore"] = list(data.labels.ignore)
+    data = open_dataset(dataset, "training", root, strict=False)
+    classes = enumerate(zip(data.labels.ids, data.labels.classes, strict=True))
+    classes = [{"id": i, "raw": raw, "name": name} for i, (raw, name) in classes]
+    facts = {"name": dataset, "classes": classes, "ignore": data.labels.ignore, "splits": {}, "problems": []}
+    limit = limit or (None if data.augment else 200)  # scenes are made: a sample is enough
+    for split in data.splits:
+        facts["splits"][split], found = problems(open_dataset(dataset, split, root, strict=False), limit)
         facts["problems"] += [f"{split}: {problem}" for problem in found]
     return facts
 

@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +252,7 @@ class FlowSeg(nn.Module):
 
     def segment(self, image: Tensor, steps: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Train ids (B, H, W) int64 of images (B, 3, h, w) in [-1, 1], at `size` or the images' own."""
-        return self.decode(self.sample(image, steps), size)[0]
+        return self.decode(self.soft_assignment(self.sample(image, steps)), size)[0]
 
     @torch.no_grad()
     def soft_assignment(self, x: Tensor) -> Tensor:
@@ -266,19 +267,18 @@ class FlowSeg(nn.Module):
         return p
 
     @torch.no_grad()
-    def decode(self, x: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-        """Most probable class (B, H, W) int64 and its probability (B, H, W), at `size` or as large as x.
+    def decode(self, p: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """Most probable class (B, H, W) int64 and its probability (B, H, W), at `size` or as large as p.
 
-        A state is never interpolated: between two centroids may lie a third. Probabilities are, bilinearly,
-        in bands of rows, so the memory does not grow with `size`.
+        p: (B, N, h, w). A state is never interpolated: between two centroids may lie a third. Probabilities
+        are, bilinearly, in bands of rows, so the memory does not grow with `size`.
         """
-        p = self.soft_assignment(x)  # (B, N, h, w)
-        H, W = size or x.shape[2:]
-        labels = torch.empty(len(x), H, W, dtype=torch.int64, device=x.device)
-        confidence = torch.empty(len(x), H, W, device=x.device)
-        centre_x, centre_y = ((2 * torch.arange(n, device=x.device) + 1) / n - 1 for n in (W, H))  # (-1, 1)
+        H, W = size or p.shape[2:]
+        labels = torch.empty(len(p), H, W, dtype=torch.int64, device=p.device)
+        confidence = torch.empty(len(p), H, W, device=p.device)
+        centre_x, centre_y = ((2 * torch.arange(n, device=p.device) + 1) / n - 1 for n in (W, H))  # (-1, 1)
         height = max(1, 2**23 // (p[:, :, 0, 0].numel() * W))  # of a band
-        for rows in torch.arange(H, device=x.device).split(height):
+        for rows in torch.arange(H, device=p.device).split(height):
             grid = torch.stack(torch.meshgrid(centre_x, centre_y[rows], indexing="xy"), dim=-1)
             grid = grid.expand(len(p), -1, -1, -1)  # (B, rows, W, 2)
             band = F.grid_sample(p, grid, padding_mode="border", align_corners=False)  # (B, N, rows, W)
@@ -387,8 +387,22 @@ def to_input(photo: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def segment_photo(model: FlowSeg, photo: Image.Image, size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Train ids (H, W) uint8 and their probabilities (H, W) float32, at the photo's own size."""
-    x = model.sample(to_input(photo, size).to(model.centroids.device), steps)
-    labels, confidence = model.decode(x, photo.size[::-1])
+def segment_photo(
+    model: FlowSeg, photo: Image.Image, size: int, steps: int, flip: bool = False, mode: str = "whole"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train ids (H, W) uint8 and their probabilities (H, W) float32, at the photo's own size.
+
+    flip: average the soft assignments of the photo and its mirror image; mode slide: those of windows of
+    `size` x `size` that overlap by a third, where whole is one window that holds it all.
+    """
+    image = to_input(photo, size).to(model.centroids.device)  # (1, 3, h, w)
+    p = image.new_zeros(1, model.config.num_classes, *image.shape[2:])
+    side = size if mode == "slide" else max(image.shape)
+    step = max(1, side * 2 // 3)
+    spans = [[slice(max(0, min(i, n - side)), i + side) for i in range(0, max(1, n - side + step), step)]
+             for n in image.shape[2:]]  # fmt: skip
+    for rows, columns, axes in product(*spans, ([], [-1])[: 1 + flip]):
+        x = model.sample(image[..., rows, columns].flip(axes), steps)
+        p[..., rows, columns] += model.soft_assignment(x.flip(axes))
+    labels, confidence = model.decode(p.div_(p.sum(1, keepdim=True)), photo.size[::-1])
     return labels[0].byte().cpu().numpy(), confidence[0].cpu().numpy()

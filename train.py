@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 import picture
 import run
-from data import IGNORE, Folder, Shapes, Stream, nearest, open_dataset
+from data import IGNORE, Folder, Shapes, Stream, evenly_spaced, nearest, open_dataset
 from model import FlowSeg, draw, segment_photo, start_from, weights_hash
 from network import Config
 from run import RunError, process, summed
@@ -68,7 +68,7 @@ class TrainConfig:
     deterministic: bool = False  # refuse operations whose result may vary, on a GPU
 
 
-PRESETS = tomllib.loads(Path(__file__).with_name("flowseg_data").joinpath("presets.toml").read_text())
+PRESETS = tomllib.loads((Path(__file__).parent / "flowseg_data" / "presets.toml").read_text())
 
 
 def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
@@ -138,22 +138,24 @@ def confusion_matrix(labels: np.ndarray, prediction: np.ndarray, num_classes: in
 
 
 def evaluate(
-    model: FlowSeg, dataset: Dataset, size: int, steps: int, track: Callable = iter
-) -> tuple[Metrics, dict]:
+    model: FlowSeg, dataset: Dataset, size: int, steps: int, track: Callable = iter,
+    limit: int | None = None, flip: bool = False, mode: str = "whole",
+) -> tuple[Metrics, dict]:  # fmt: skip
     """Segment every image and compare at its original size; returns the metrics and their protocol.
 
-    track: wraps the iterable of indices, for a progress bar.
+    track: wraps the iterable of indices, for a progress bar. limit: most images, evenly spaced.
     """
-    num_classes = len(dataset.labels.classes)
+    num_classes, indices = len(dataset.labels.classes), evenly_spaced(len(dataset), limit)
     confusion = np.zeros((num_classes, num_classes), np.int64)
     rank, world = process()
-    for i in track(range(rank, len(dataset), world)):
+    for i in track(indices[rank::world]):
         photo, labels = dataset[i]
-        confusion += confusion_matrix(labels, segment_photo(model, photo, size, steps)[0], num_classes)
+        prediction = segment_photo(model, photo, size, steps, flip, mode)[0]
+        confusion += confusion_matrix(labels, prediction, num_classes)
     summed(torch.from_numpy(confusion))  # in place
-    protocol = {"dataset": dataset.name, "split": dataset.split, "images": len(dataset), "mode": "whole",
-                "short_side": size, "compared_at": "original size", "steps": steps,
-                "weights": weights_hash(model)}  # fmt: skip
+    protocol = {"dataset": dataset.name, "split": dataset.split, "images": len(indices),
+                "evenly_spaced_of": len(dataset), "mode": mode, "flip": flip, "short_side": size,
+                "compared_at": "original size", "steps": steps, "weights": weights_hash(model)}  # fmt: skip
     return Metrics(confusion), protocol
 
 

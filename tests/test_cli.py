@@ -1,5 +1,6 @@
 """The command line as a user meets it: each command, its output streams, its errors and exit codes."""
 
+import csv
 import io
 import json
 import signal
@@ -123,6 +124,33 @@ def test_eval_takes_the_newest_run_and_writes_json(trained):
         assert word in result.stdout
 
 
+def test_eval_options_are_in_the_protocol_and_the_table_is_written_as_csv(trained):
+    cwd, _ = trained
+    options = ["--limit", 2, "--flip", "--mode", "slide", "--csv", "table.csv", "--json", "part.json"]
+    result = flowseg("eval", *options, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    assert "images 2, evenly_spaced_of 3, mode slide, flip True" in result.stdout
+    facts = json.loads((cwd / "part.json").read_text())
+    rows = list(csv.DictReader(io.StringIO((cwd / "table.csv").read_text())))
+    assert [row["name"] for row in rows] == ["left", "right"]
+    assert [int(row["pixels"]) for row in rows] == [c["pixels"] for c in facts["classes"]] == [456, 456]
+    assert [float(row["IoU"]) for row in rows] == [c["IoU"] for c in facts["classes"]]
+    fails(flowseg("eval", "--csv", "no/table.csv", cwd=cwd), 2, "cannot write no/table.csv")
+
+
+def test_a_missing_split_is_named_by_eval(trained):
+    cwd, _ = trained
+    toml = cwd / "halves" / "dataset.toml"
+    before = toml.read_text()
+    toml.write_text(before + 'splits = ["training", "validation"]\n')
+    try:
+        fails(flowseg("eval", "--split", "test", cwd=cwd), 3, "halves has no test split")
+        facts = json.loads(flowseg("info", "halves", "--json", cwd=cwd).stdout)
+        assert list(facts["splits"]) == ["training", "validation"] and facts["problems"] == []
+    finally:
+        toml.write_text(before)
+
+
 def test_segment_one_photo(trained):
     cwd, _ = trained
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8))
@@ -224,6 +252,7 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, number):
     (["trian"], 2, ["trian", "train"]),
     (["train", "--set", "epss=1"], 2, ["epss", "did you mean 'eps'"]),
     (["eval"], 2, ["no weights", "flowseg train"]),
+    (["eval", "--mode", "tiles"], 2, ["--mode", "tiles", "whole", "slide"]),
     (["eval", "missing.safetensors"], 5, ["missing.safetensors does not exist"]),
     (["info", "missing"], 3, ["'missing' not found"]),
     (["info", "ade2k"], 3, ["'ade2k' not found", "did you mean 'ade20k'"]),

@@ -51,9 +51,10 @@ def test_modules_of_the_package_are_the_files():
 
 def test_label_tables_are_installed():
     project = (ROOT / "pyproject.toml").read_text()
-    assert 'packages = ["flowseg_data/labels"]' in project
-    assert 'package-data = { flowseg_labels = ["*.toml"] }' in project
-    assert {path.suffix for path in (ROOT / "flowseg_data/labels").iterdir()} == {".toml"}
+    tables = {path.parent for path in ROOT.glob("flowseg_data/**/*") if path.is_file()}
+    for name in (".".join(folder.relative_to(ROOT).parts) for folder in tables):
+        assert f'"{name}"' in project.split("packages = [")[1].split("]")[0]
+    assert {path.suffix for path in ROOT.glob("flowseg_data/**/*") if path.is_file()} == {".toml"}
 
 
 def test_presets_change_known_fields_only():

@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train as training
 from data import Shapes
-from model import CheckpointError, FlowSeg, start_from, to_input
+from model import CheckpointError, FlowSeg, segment_photo, start_from, to_input
 from run import RunError, newest_checkpoint, save_state
 from train import PRESETS, Metrics, TrainConfig, confusion_matrix, evaluate, learning_rate, resolve
 
@@ -124,6 +124,96 @@ def test_evaluation_compares_at_the_original_size():
     metrics, protocol = evaluate(model, data, 32, 1)
     assert metrics.confusion.sum(1)[:2].tolist() == [37 * 20, 300 * 31]
     assert (protocol["images"], protocol["steps"], protocol["short_side"]) == (2, 1, 32)
+
+
+@pytest.fixture
+def model():
+    """Random weights, with 14 classes that all occur in the masks of `photo`."""
+    torch.manual_seed(0)
+    model = FlowSeg(resolve({}, [*TINY, "steps=1", "tau=1"])[1]).eval()
+    for p in model.parameters():  # a new network is zero at its end: every pixel alike
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def photo(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize(("size", "mode"), [((64, 32), "whole"), ((45, 33), "whole"), ((33, 120), "whole"),
+                                            ((45, 33), "slide"), ((33, 120), "slide")])  # fmt: skip
+def test_with_flip_the_mirror_image_gives_the_mirrored_mask(model, size, mode):
+    """Widths that the patch does not divide, too; windows only where they lie symmetrically themselves."""
+    image, side = photo(*size), min(size)
+    labels, confidence = segment_photo(model, image, side, 1, flip=True, mode=mode)
+    mirrored = segment_photo(model, ImageOps.mirror(image), side, 1, flip=True, mode=mode)
+    assert len(np.unique(labels)) > 3
+    assert (mirrored[0][:, ::-1] == labels).mean() > 0.999  # but for ties
+    assert np.abs(mirrored[1][:, ::-1] - confidence).max() < 1e-5
+    plain = segment_photo(model, image, side, 1, mode=mode)
+    assert (segment_photo(model, ImageOps.mirror(image), side, 1, mode=mode)[0][:, ::-1] != plain[0]).any()
+
+
+def test_slide_is_whole_when_the_photo_fits_the_window(model):
+    for size in ((40, 40), (80, 80), (7, 7)):
+        whole, slide = (segment_photo(model, photo(*size), 40, 1, mode=mode) for mode in ("whole", "slide"))
+        assert all(np.array_equal(a, b) for a, b in zip(whole, slide, strict=True))
+
+
+def test_slide_averages_windows_that_cover_the_photo_and_overlap_by_a_third(model, monkeypatch):
+    image, seen = photo(75, 30), []
+    real, whole = model.soft_assignment, to_input(image, 30)
+
+    def note(x):
+        seen.append(real(x))
+        return seen[-1]
+
+    monkeypatch.setattr(model, "soft_assignment", note)
+    confidence = segment_photo(model, image, 30, 1, mode="slide")[1]
+    assert [p.shape[2:] for p in seen] == [(30, 30)] * 4
+    total, count = torch.zeros(14, 30, 75), torch.zeros(75)
+    for left, p in zip((0, 20, 40, 45), seen, strict=True):
+        own = real(model.sample(whole[..., left : left + 30], 1))
+        assert torch.allclose(p, own, atol=1e-6)
+        total[..., left : left + 30] += own[0]
+        count[left : left + 30] += 1
+    assert np.allclose(confidence, (total / count).max(0).values.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "chosen"), [(None, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4]), (2, [0, 4]),
+                                               (3, [0, 2, 4]), (1, [0])])  # fmt: skip
+def test_limit_takes_evenly_spaced_images_and_says_so(model, limit, chosen):
+    data = Fixed([(9, 8)] * 5, Shapes("validation").labels)
+    metrics, protocol = evaluate(model, data, 8, 1, limit=limit)
+    assert metrics.confusion.sum(1).nonzero()[0].tolist() == chosen
+    assert (protocol["images"], protocol["evenly_spaced_of"]) == (len(chosen), 5)
+
+
+class Scored(Fixed):
+    """Odd sizes, an image without any label, absent classes, the last class id."""
+
+    def __getitem__(self, i):
+        rng, (width, height) = np.random.default_rng(i), self.sizes[i]
+        labels = np.where(rng.random((height, width)) < 0.2, 255, rng.choice([0, 3, 13], (height, width)))
+        return photo(width, height), np.full_like(labels, 255, np.uint8) if i == 1 else labels.astype(
+            np.uint8
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}, {"mode": "slide"}], ids=str)
+def test_scores_of_an_evaluation_equal_an_independent_computation(model, options):
+    data = Scored([(13, 7), (9, 9), (21, 33)], Shapes("validation").labels)
+    metrics, _ = evaluate(model, data, 8, 1, **options)
+    pairs = [
+        (y, segment_photo(model, image, 8, 1, **options)[0]) for image, y in map(data.__getitem__, range(3))
+    ]
+    iou, mean = scores_by_sets(pairs, 14)
+    assert None in iou and iou[13] is not None
+    assert [None if math.isnan(value) else value for value in metrics.iou] == pytest.approx(iou, abs=1e-9)
+    y, p = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
+    recall = [(p[y == k] == k).mean() for k in (0, 3, 13)]
+    expected = {"mIoU": mean, "aAcc": (y == p)[y != 255].mean(), "mAcc": np.mean(recall)}
+    assert metrics.scores == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(
