@@ -6,7 +6,6 @@ PyTorch is imported inside the command that needs it, so that --help is instant.
 """
 
 import csv
-import io
 import json
 import os
 import sys
@@ -25,7 +24,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
-HINTS = {  # to what PyTorch raises
+HINTS = {  # to what others raise
+    "Errno": "check the path and the space left there",
     "memory": "lower --batch or --size, or split every batch: --set accumulate=2",
     "DataLoader": "check the storage, or try --workers 0",
     "onnection closed": "another process has failed: see its error",
@@ -122,29 +122,26 @@ def evaluate(
     from train import evaluate
 
     model = _load(checkpoint, device)
-    known = model.metadata["classes"]
     data = open_dataset(dataset or model.metadata["dataset"], split, root)
-    if list(data.labels.classes) != known:
-        count = f"{len(data.labels.classes)} classes, not the {len(known)}"
-        raise BadParameter(f"{data.name} has {count} of the weights; pass what they know with --dataset")
+    if list(data.labels.classes) != model.metadata["classes"]:
+        raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
     progress = partial(track, description="evaluating", console=console, transient=True)
     size, steps = size or model.metadata["size"], steps or model.config.steps
     metrics, protocol = evaluate(model, data, size, steps, progress, limit, flip, mode)
-    table = [*zip(known, metrics.iou.tolist(), metrics.confusion.sum(1).tolist(), strict=True)]
+    pixels = metrics.confusion.sum(1).tolist()
+    table = [*zip(data.labels.classes, metrics.iou.tolist(), pixels, strict=True)]
     classes = [{"name": name, "IoU": None if iou != iou else iou, "pixels": n} for name, iou, n in table]
-    facts, lines = metrics.scores | {"classes": classes, "protocol": protocol}, io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows([classes[0], *(c.values() for c in classes)])
-    for file, text in ((json_file, json.dumps(facts, indent=2)), (csv_file, lines.getvalue())):
-        try:
-            if file:
-                file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise BadParameter(f"cannot write {file}: {error.strerror}; choose another file") from error
     rows = [(name, "absent" if iou != iou else f"{iou:.1%}", f"{n:,}") for name, iou, n in table]
     _print_table(("class", "IoU", "labelled pixels"), rows)
     out.print("  ".join(f"{name} {value:.2%}" for name, value in metrics.scores.items()), style="bold")
     out.print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+    if json_file:
+        facts = metrics.scores | {"classes": classes, "protocol": protocol}
+        json_file.write_text(json.dumps(facts, indent=2))
+    if csv_file:
+        with open(csv_file, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([classes[0], *(c.values() for c in classes)])
 
 
 @app.command()
@@ -210,8 +207,8 @@ def _segment_one(model, path: Path, files: dict[str, Path], steps: int, size: in
     if "trajectory" in files:
         states = model.trajectory(to_input(photo, size).to(model.centroids.device), steps)
         frames = [picture.state_image(x[0, :3].permute(1, 2, 0).cpu().numpy()) for x in states]
-        captions = [f"t = {i / steps:.2f}" for i in range(len(frames))]
-        picture.save(files["trajectory"], picture.strip(frames, captions))
+        times = [f"t = {i / steps:.2f}" for i in range(steps + 1)]
+        picture.save(files["trajectory"], picture.strip(frames, times))
 
 
 @app.command()
@@ -276,8 +273,7 @@ def _print_dataset(facts: dict) -> None:
     _print_table(("class", "id", "raw value", *parts), rows)
     for split, part in parts.items():
         ignored = part["ignored"] / max(1, part["ignored"] + sum(part["pixels"]))
-        counts = f"{part['images']:,} images, {part['checked']:,} checked"
-        out.print(f"{split}: {counts}, {ignored:.1%} of their pixels ignored")
+        out.print(f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} ignored")
     for problem in facts["problems"]:
         out.print(f"problem: {problem}", style="red", markup=False)
     out.print(f"problems: {len(facts['problems']) or 'none'}")
@@ -285,8 +281,7 @@ def _print_dataset(facts: dict) -> None:
 
 def _print_table(columns: tuple, rows: list[tuple]) -> None:
     """Names to the left, numbers to the right; as wide as it needs to be when piped."""
-    names = (Column(name, justify="right") for name in columns[1:])
-    table = Table(columns[0], *names, box=None)
+    table = Table(columns[0], *(Column(name, justify="right") for name in columns[1:]), box=None)
     for row in rows:
         table.add_row(*row)
     out.print(table)
@@ -313,7 +308,7 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        code = getattr(error, "exit_code", 1)
+        code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else 1)
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         if not hasattr(error, "exit_code"):
             hint = next(hint for word, hint in HINTS.items() if word in text)

@@ -147,18 +147,12 @@ class FieldBlock(nn.Module):
         return q + F.silu(self.norm(q) @ w1) @ w2  # (B L, P P, Dx)
 
 
-class ConvBlock(nn.Module):
+def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
     """Two 3 x 3 convolutions, each with group norm and SiLU."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int = 1):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU(),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU(),
+        nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU(),
+    )  # fmt: skip
 
 
 Features = tuple[Tensor, Tensor, Tensor]  # (B, L, D), (B L, P P, Dx), (B L, P P, dims): see Network.encode
@@ -172,9 +166,9 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], stride: int = 2):
         super().__init__()
-        self.down = nn.ModuleList([ConvBlock(3, widths[0], stride)])
-        self.down.extend(ConvBlock(i, o, stride=2) for i, o in pairwise(widths))
-        self.up = nn.ModuleList(ConvBlock(i + o, i) for i, o in pairwise(widths))
+        self.down = nn.ModuleList([conv_block(3, widths[0], stride)])
+        self.down.extend(conv_block(i, o, stride=2) for i, o in pairwise(widths))
+        self.up = nn.ModuleList(conv_block(i + o, i) for i, o in pairwise(widths))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         skips, x = [], image

@@ -87,21 +87,17 @@ def find_photos(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
     return [(photo, stem) for stem, photo in stems.items()]
 
 
-def save(path: str | Path, image: Image.Image) -> None:
-    """Write a picture in the format of its suffix, whole or not at all."""
-    _write(path, SUFFIXES, image, quality=92)
-
-
 def write_mask(path: str | Path, labels: np.ndarray, palette: np.ndarray) -> None:
     """Write train ids as PNG: mode P with the palette; uint16 ids (over 255 classes) as 16-bit grey."""
     assert labels.ndim == 2 and labels.dtype in (np.uint8, np.uint16), f"labels {labels.shape} {labels.dtype}"
     mask = Image.fromarray(labels)
     if labels.dtype == np.uint8:
         mask.putpalette(colorize(np.arange(256)[None], palette).tobytes())
-    _write(path, [".png"], mask)  # other formats may change values
+    save(path, mask, [".png"])  # other formats may change values
 
 
-def _write(path: str | Path, suffixes: Iterable[str], image: Image.Image, **options) -> None:
+def save(path: str | Path, image: Image.Image, suffixes: Iterable[str] = SUFFIXES) -> None:
+    """Write a picture in the format of its suffix, whole or not at all."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in suffixes:
@@ -110,7 +106,7 @@ def _write(path: str | Path, suffixes: Iterable[str], image: Image.Image, **opti
     part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")  # same folder: replace is atomic
     try:
         with open(part, "wb") as file:
-            image.save(file, SUFFIXES[suffix], **options)
+            image.save(file, SUFFIXES[suffix], quality=92)
         os.replace(part, path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

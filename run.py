@@ -8,7 +8,6 @@ shows four validation photos. Weights and states are written whole or not at all
 
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -20,11 +19,12 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import CheckpointError, FlowSeg, write_tensors
 
 STATE, PREVIOUS = "state.safetensors", "previous.safetensors"
+PROGRESS = "step", "validated", "best"
 STOPS = (signal.SIGINT, signal.SIGTERM)
 SAVE = getattr(signal, "SIGUSR1", None)  # save now and go on; Windows has none
 
@@ -67,8 +67,7 @@ def log(folder: Path, **values: float) -> None:
 def save_state(folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, **progress) -> None:
     """Write everything that the next step depends on into one file, and keep the one before it."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    tensors = nn.ModuleDict({"model": model, "ema": ema}).state_dict()
     for parameter, moments in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{k}": v for k, v in moments.items()}
     write_tensors(tensors, folder / STATE, progress, keep=PREVIOUS)
@@ -83,9 +82,7 @@ def load_state(
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                step, validated, best = (
-                    json.loads(file.metadata()[k]) for k in ("step", "validated", "best")
-                )
+                step, validated, best = (json.loads(file.metadata()[k]) for k in PROGRESS)
             break
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             damage.append(f"{path} is damaged ({error})")
@@ -99,14 +96,11 @@ def load_state(
         console.print(f"warning: {damage[0]}: {rest}", style="yellow")
         (folder / STATE).replace(folder / "damaged.safetensors")
 
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    model.load_state_dict(part("model."))
-    ema.load_state_dict(part("ema."))
-    for name, p in model.named_parameters():
-        moments = part(f"optimizer.{name}.").items()
-        optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moments}
+    parameters = dict(model.named_parameters())
+    for key in [key for key in tensors if key.startswith("optimizer.")]:
+        name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
+        optimizer.state[parameters[name]][moment] = tensors.pop(key).to(parameters[name].device)
+    nn.ModuleDict({"model": model, "ema": ema}).load_state_dict(tensors)
     metrics = folder / "metrics.jsonl"
     if first and metrics.exists():  # what was logged after this state will be logged again
         lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
@@ -132,7 +126,7 @@ def environment() -> dict[str, str]:
         if (here / ".git").exists():  # not that of a repository around an installed wheel
             command = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
             commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
     return versions | {"commit": commit or "unknown"}
 
 
@@ -166,10 +160,11 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def ignore_signals(worker: int) -> None:
-    """Leave what a whole process group receives to the process that trains."""
-    for number in filter(None, (*STOPS, SAVE)):
+def outlive_signals(worker: int) -> None:
+    """Leave what a whole process group receives to the process that trains: it still needs its loaders."""
+    for number in filter(None, (signal.SIGINT, SAVE)):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # seconds; not never: it ends strays, too
 
 
 def agree(signals: list[int]) -> tuple[int, bool]:

@@ -96,9 +96,11 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
         model_config = Config(**_only(Config, values))
     except ValueError as error:
         raise RunError(str(error)) from error
-    for name, divisor in (("size", model_config.patch_size), ("batch", config.accumulate)):
-        if getattr(config, name) % divisor:
-            raise RunError(f"{name} is {getattr(config, name)}; expected a multiple of {divisor}")
+    parts, patch = int(os.environ.get("WORLD_SIZE", 1)) * config.accumulate, model_config.patch_size
+    if config.size % patch:
+        raise RunError(f"size is {config.size}; expected a multiple of the patch size {patch}")
+    if config.batch % parts:
+        raise RunError(f"batch is {config.batch}; expected a multiple of {parts}, processes x accumulate")
     return config, model_config
 
 
@@ -116,8 +118,8 @@ class Metrics:
     def iou(self) -> np.ndarray:
         """Intersection over union (N,), nan for a class that occurs in neither labels nor predictions."""
         hit = np.diag(self.confusion)
-        union = self.confusion.sum(0) + self.confusion.sum(1) - hit
-        return np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+        with np.errstate(invalid="ignore"):  # 0 / 0
+            return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)
 
     @property
     def scores(self) -> dict[str, float]:
@@ -189,7 +191,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     free = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99))
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -215,7 +217,7 @@ def batches(data: Dataset, config: TrainConfig, step: int) -> Iterator[list[Tens
     return iter(DataLoader(
         Stream(data, config.size, config.seed), share // config.accumulate, sampler=positions,
         num_workers=config.workers, timeout=300 if config.workers else 0,  # seconds a batch
-        worker_init_fn=run.ignore_signals,
+        worker_init_fn=run.outlive_signals,
     ))  # fmt: skip
 
 
@@ -263,11 +265,7 @@ def train(
     rank, world = process()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if config.batch % (world * config.accumulate):
-        parts = f"{world} processes x accumulate {config.accumulate}"
-        raise RunError(f"batch is {config.batch}; expected a multiple of {parts}")
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which CUDA wants for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
     torch.use_deterministic_algorithms(config.deterministic)
     data, held_out = (open_dataset(config.dataset, s, config.root) for s in ("training", "validation"))
     if rank == 0:

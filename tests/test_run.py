@@ -261,9 +261,9 @@ def test_processes_share_every_batch_without_overlap(monkeypatch):
 
 
 def test_a_batch_that_does_not_divide_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "process", lambda: (0, 3))
-    with pytest.raises(RunError, match="batch is 4; expected a multiple of 3 processes x accumulate 1"):
-        run(tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RunError, match="batch is 4; expected a multiple of 6, processes x accumulate"):
+        run(tmp_path / "run", "accumulate=2")
     assert not (tmp_path / "run").exists()
 
 

@@ -260,7 +260,7 @@ def test_many_classes_are_coded_unless_asked_otherwise(tmp_path):
     ({}, ["epsilon=1"], r"--set epsilon=1: expected FIELD=VALUE.*did you mean 'eps'"),
     ({}, ["dtype=half"], "dtype is 'half'; expected auto, float32 or bfloat16"),
     ({}, ["eps=small"], "--set eps=small: expected a float"), ({}, ["eps"], "--set eps: expected a float"),
-    ({"size": 50}, [], "size is 50; expected a multiple of 8"),
+    ({"size": 50}, [], "size is 50; expected a multiple of the patch size 8"),
     ({"batch": 5}, ["accumulate=2"], "batch is 5; expected a multiple of 2"),
 ])  # fmt: skip
 def test_mistakes_in_the_configuration_are_named(given, settings, message):
