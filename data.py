@@ -220,13 +220,12 @@ def augment(image: Image.Image, labels: np.ndarray, size: int, rng: np.random.Ge
     H, W = labels.shape
     scale = size * rng.uniform(0.5, 2.0) / min(H, W)
     h, w = max(1, round(H * scale)), max(1, round(W * scale))
-    rows, columns = ((np.arange(n) + 0.5) * (N / n) for n, N in ((h, H), (w, W)))
-    rows, columns = rows.astype(np.intp)[:, None], columns.astype(np.intp)
+    rows, columns = (((np.arange(n) + 0.5) * (N / n)).astype(np.intp) for n, N in ((h, H), (w, W)))
 
     # The window is chosen on labels alone, and only its part of the image is ever resized.
     for _ in range(10):
         top, left = rng.integers(max(h - size, 0) + 1), rng.integers(max(w - size, 0) + 1)
-        window = labels[rows[top : top + size], columns[left : left + size]]
+        window = labels[rows[top : top + size]].take(columns[left : left + size], axis=1)
         counts = np.bincount(window.ravel(), minlength=256)[:IGNORE]
         if 0 < counts.max() <= 0.75 * counts.sum():
             break

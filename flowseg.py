@@ -255,8 +255,7 @@ def _describe(dataset: str, root: Path | None, limit: int | None) -> dict:
     from data import open_dataset, problems
 
     data = open_dataset(dataset, "training", root, strict=False)
-    classes = enumerate(zip(data.labels.ids, data.labels.classes, strict=True))
-    classes = [{"id": i, "raw": raw, "name": name} for i, (raw, name) in classes]
+    classes = [{"id": i, "raw": raw, "name": data.labels.classes[i]} for i, raw in enumerate(data.labels.ids)]
     facts = {"name": dataset, "classes": classes, "ignore": data.labels.ignore, "splits": {}, "problems": []}
     limit = limit or (None if data.augment else 200)  # scenes are made: a sample is enough
     for split in data.splits:

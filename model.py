@@ -396,13 +396,14 @@ def segment_photo(
     `size` x `size` that overlap by a third, where whole is one window that holds it all.
     """
     image = to_input(photo, size).to(model.centroids.device)  # (1, 3, h, w)
-    p = image.new_zeros(1, model.config.num_classes, *image.shape[2:])
     side = size if mode == "slide" else max(image.shape)
     step = max(1, side * 2 // 3)
     spans = [[slice(max(0, min(i, n - side)), i + side) for i in range(0, max(1, n - side + step), step)]
              for n in image.shape[2:]]  # fmt: skip
-    for rows, columns, axes in product(*spans, ([], [-1])[: 1 + flip]):
-        x = model.sample(image[..., rows, columns].flip(axes), steps)
-        p[..., rows, columns] += model.soft_assignment(x.flip(axes))
+    views = [(rows, columns, model.sample(image[..., rows, columns].flip(axes), steps).flip(axes))
+             for rows, columns, axes in product(*spans, ([], [-1])[: 1 + flip])]  # fmt: skip
+    p = image.new_zeros(1, model.config.num_classes, *image.shape[2:])  # large, so not before sampling
+    for rows, columns, x in views:
+        p[..., rows, columns] += model.soft_assignment(x)
     labels, confidence = model.decode(p.div_(p.sum(1, keepdim=True)), photo.size[::-1])
     return labels[0].byte().cpu().numpy(), confidence[0].cpu().numpy()

@@ -2,7 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +155,34 @@ def test_with_flip_the_mirror_image_gives_the_mirrored_mask(model, size, mode):
     assert np.abs(mirrored[1][:, ::-1] - confidence).max() < 1e-5
     plain = segment_photo(model, image, side, 1, mode=mode)
     assert (segment_photo(model, ImageOps.mirror(image), side, 1, mode=mode)[0][:, ::-1] != plain[0]).any()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark of /proc")
+def test_a_large_photo_of_many_classes_takes_little_memory():
+    """171 probabilities of each of 6 million pixels would be 4 GB; a fresh process says what it took."""
+    code = """if True:
+        import numpy as np, torch
+        from PIL import Image
+        from model import FlowSeg, segment_photo
+        from network import PRESETS, Config
+        from train import confusion_matrix
+
+        def status(key):
+            lines = open("/proc/self/status")
+            return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+        photo, config = Image.new("RGB", (3000, 2000)), PRESETS["tiny"] | dict(num_classes=171, dims=19)
+        model = FlowSeg(Config(**config)).eval()
+        segment_photo(model, Image.new("RGB", (40, 30)), 32, 1)
+        before = status("VmRSS")
+        labels = segment_photo(model, photo, 128, 1, flip=True, mode="slide")[0]
+        confusion_matrix(labels, labels, 171)
+        print(status("VmHWM") - before)
+    """
+    root = Path(training.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert float(done.stdout) < 500, done.stderr  # MiB
 
 
 def test_slide_is_whole_when_the_photo_fits_the_window(model):
