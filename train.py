@@ -170,7 +170,7 @@ def record(
                  size=config.size, step=step, protocol=scored[1], **scores, **run.environment())  # fmt: skip
     for name in ("last", "best") if scores["mIoU"] > best else ("last",):
         ema.save(folder / f"{name}.safetensors", **facts)
-    samples = [data[i] for i in np.unique(np.linspace(0, len(data) - 1, 4).astype(int)).tolist()]
+    samples = [data[i] for i in evenly_spaced(len(data), 4)]
     rows = [(photo, y, segment_photo(ema, photo, config.size, ema.config.steps)[0]) for photo, y in samples]
     sheet = picture.preview(rows, labels.classes, picture.palette(ema.centroids.cpu().numpy()))
     picture.save(folder / "preview.png", sheet)
@@ -239,16 +239,6 @@ def backward(model: FlowSeg, parts: list, own: list[torch.Generator], bfloat16: 
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
     return totals
-
-
-def report(console: Console, bar: Progress, step: int, total: int, means: dict[str, float]) -> None:
-    """Move the bar on a terminal; elsewhere print a plain line."""
-    text = (f"step {step}/{total}  loss {means['loss']:.3f}  FM {means['fm']:.3f}  Phi {means['phi']:.3f}"
-            f"  |grad Phi| {means['grad']:.2f}  {means['images_per_second']:.1f} img/s")  # fmt: skip
-    bar.update(bar.task_ids[0], completed=step, description=text)
-    if not console.is_terminal:
-        left = timedelta(seconds=round((total - step) * means["seconds_per_step"]))
-        console.print(f"{text}  {left} left")
 
 
 def train(
@@ -349,7 +339,12 @@ def train(
                 means |= {"lr": learning_rate(step - 1, config)} | run.peak_memory(device)
                 if rank == 0:
                     run.log(folder, step=step, **means)
-                report(console, bar, step, config.max_steps, means)
+                text = "  ".join(f"{name} {means[name]:.3g}" for name in ("loss", "fm", "phi"))
+                text = f"step {step}/{config.max_steps}  {text}  {config.batch / seconds:.3g} images/s"
+                bar.update(bar.task_ids[0], completed=step, description=text)
+                if not console.is_terminal:
+                    left = timedelta(seconds=round((config.max_steps - step) * seconds))
+                    console.print(f"{text}  {left} left")
                 since, began = step, time.perf_counter()
     if world > 1:
         dist.destroy_process_group()
