@@ -255,15 +255,16 @@ class FlowSeg(nn.Module):
         return self.decode(self.soft_assignment(self.sample(image, steps)), size)[0]
 
     @torch.no_grad()
-    def soft_assignment(self, x: Tensor) -> Tensor:
-        """p_k (B, N, H, W) float32 of states x (B, dims, H, W): softmax over T(d_k) / tau, row by row."""
+    def soft_assignment(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+        """p_k (B, N, H, W) float32 of states x (B, dims, H, W): softmax over T(d_k) / tau, row by row, which
+        is added to `total` if that is given: several views then need no second copy."""
         c = self.config
-        p = torch.empty(len(x), c.num_classes, *x.shape[2:], device=x.device)
+        p = torch.zeros(len(x), c.num_classes, *x.shape[2:]).to(x.device) if total is None else total
         for row in range(x.shape[2]):
             pixels = x[:, :, row].movedim(1, -1).flatten(0, 1).float()  # (B W, dims)
             d = squared_distances(pixels, self.centroids)  # (B W, N)
             logits = log_potential(d, c.eps, c.transform)[0] / c.tau
-            p[:, :, row] = logits.softmax(1).unflatten(0, (len(x), -1)).movedim(-1, 1)
+            p[:, :, row] += logits.softmax(1).unflatten(0, (len(x), -1)).movedim(-1, 1)
         return p
 
     @torch.no_grad()
@@ -404,6 +405,6 @@ def segment_photo(
              for rows, columns, axes in product(*spans, ([], [-1])[: 1 + flip])]  # fmt: skip
     p = image.new_zeros(1, model.config.num_classes, *image.shape[2:])  # large, so not before sampling
     for rows, columns, x in views:
-        p[..., rows, columns] += model.soft_assignment(x)
+        model.soft_assignment(x, p[..., rows, columns])
     labels, confidence = model.decode(p.div_(p.sum(1, keepdim=True)), photo.size[::-1])
     return labels[0].byte().cpu().numpy(), confidence[0].cpu().numpy()

@@ -17,8 +17,8 @@ class CrossEntropy(FlowSeg):
         loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / count
         return loss, dict.fromkeys(("fm", "phi", "grad"), loss.detach())
 
-    def soft_assignment(self, x: Tensor) -> Tensor:
-        return x.softmax(1)
+    def soft_assignment(self, x: Tensor, total: Tensor | None = None) -> Tensor:
+        return x.softmax(1) if total is None else total.add_(x.softmax(1))
 
 
 class FirstStep(FlowSeg):
