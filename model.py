@@ -252,7 +252,7 @@ class FlowSeg(nn.Module):
 
     def segment(self, image: Tensor, steps: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Train ids (B, H, W) int64 of images (B, 3, h, w) in [-1, 1], at `size` or the images' own."""
-        return self.decode(self.soft_assignment(self.sample(image, steps)), size)[0]
+        return self.decode(self.soft_assignment(self.sample(image, steps)), size)[0].long()
 
     @torch.no_grad()
     def soft_assignment(self, x: Tensor, total: Tensor | None = None) -> Tensor:
@@ -269,13 +269,13 @@ class FlowSeg(nn.Module):
 
     @torch.no_grad()
     def decode(self, p: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-        """Most probable class (B, H, W) int64 and its probability (B, H, W), at `size` or as large as p.
+        """Most probable class (B, H, W) int16 and its probability (B, H, W), at `size` or as large as p.
 
         p: (B, N, h, w). A state is never interpolated: between two centroids may lie a third. Probabilities
         are, bilinearly, in bands of rows, so the memory does not grow with `size`.
         """
         H, W = size or p.shape[2:]
-        labels = torch.empty(len(p), H, W, dtype=torch.int64, device=p.device)
+        labels = torch.empty(len(p), H, W, dtype=torch.int16, device=p.device)
         confidence = torch.empty(len(p), H, W, device=p.device)
         centre_x, centre_y = ((2 * torch.arange(n, device=p.device) + 1) / n - 1 for n in (W, H))  # (-1, 1)
         height = max(1, 2**23 // (p[:, :, 0, 0].numel() * W))  # of a band
@@ -283,7 +283,8 @@ class FlowSeg(nn.Module):
             grid = torch.stack(torch.meshgrid(centre_x, centre_y[rows], indexing="xy"), dim=-1)
             grid = grid.expand(len(p), -1, -1, -1)  # (B, rows, W, 2)
             band = F.grid_sample(p, grid, padding_mode="border", align_corners=False)  # (B, N, rows, W)
-            confidence[:, rows], labels[:, rows] = band.max(1)
+            confidence[:, rows], best = band.max(1)
+            labels[:, rows] = best.short()
         return labels, confidence
 
     def _check_image(self, image: Tensor) -> None:
