@@ -10,6 +10,7 @@ Shapes: B images, L = H/P W/P tokens of width D, P P pixels a token, width Dx in
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal, get_args, get_type_hints
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,12 @@ class FieldBlock(nn.Module):
         self.norm = RMSNorm(width)
         self.generator = nn.Linear(hidden, 2 * self.width * self.inner)
 
-    def forward(self, q: Tensor, s: Tensor) -> Tensor:
-        w1, w2 = self.generator(s).chunk(2, dim=-1)  # (B L, Dx r Dx)
+    def forward(self, q: Tensor, weights: Tensor) -> Tensor:
+        """q: (n, P P, Dx) of n tokens, weights: (n, 2 Dx r Dx), what the generator made of them."""
+        w1, w2 = weights.chunk(2, dim=-1)  # (n, Dx r Dx)
         w1 = F.normalize(w1.unflatten(-1, (self.width, self.inner)), dim=-2)  # unit norm along the input
         w2 = F.normalize(w2.unflatten(-1, (self.inner, self.width)), dim=-2)
-        return q + F.silu(self.norm(q) @ w1) @ w2  # (B L, P P, Dx)
+        return q + F.silu(self.norm(q) @ w1) @ w2  # (n, P P, Dx)
 
 
 def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
@@ -155,6 +158,7 @@ def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequentia
     )  # fmt: skip
 
 
+CHUNK = 16  # tokens that paint at a time on a CPU: a megabyte or two, which stays in its cache
 Features = tuple[Tensor, Tensor, Tensor]  # (B, L, D), (B L, P P, Dx), (B L, P P, dims): see Network.encode
 
 
@@ -203,6 +207,7 @@ class Network(nn.Module):
         super().__init__()
         c, p = config, config.patch_size
         self.config = c
+        self.recompute = False  # in the backward pass, instead of keeping what the neural field computed
         self.patch_embed = nn.Linear(c.dims * p * p, c.hidden)
         self.time_mlp = nn.Sequential(nn.Linear(256, c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden))
         self.no_class = nn.Parameter(torch.zeros(c.hidden))
@@ -263,10 +268,18 @@ class Network(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition, cos, sin)
 
-        s = F.silu(time + tokens).flatten(0, 1)[:, None]  # (B L, 1, D)
+        s = F.silu(time + tokens).flatten(0, 1)  # (B L, D)
         pixels = cells.flatten(0, 1).flatten(2).transpose(1, 2)  # (B L, P P, C)
-        q = F.linear(pixels, self.pixel_embed.weight[:, :C], self.pixel_embed.bias) + image_query
-        for block in self.field:
-            q = block(q, s.squeeze(1))
-        out = (self.head(self.head_norm(q)) + image_velocity).float()  # (B L, P P, C)
+        weights = [block.generator(s) for block in self.field]  # (B L, 2 Dx r Dx) each
+        paint = partial(checkpoint, self.paint, use_reentrant=False) if self.recompute else self.paint
+        chunk = CHUNK if x.device.type == "cpu" and not torch.compiler.is_compiling() else len(s)
+        parts = zip(*(a.split(chunk) for a in (pixels, image_query, image_velocity, *weights)), strict=True)
+        out = torch.cat([paint(*part) for part in parts]).float()  # (B L, P P, C)
         return out.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+
+    def paint(self, x: Tensor, query: Tensor, velocity: Tensor, *weights: Tensor) -> Tensor:
+        """The neural fields of n tokens: pixels x (n, P P, C) and the image's part -> (n, P P, C)."""
+        q = F.linear(x, self.pixel_embed.weight[:, : x.shape[-1]], self.pixel_embed.bias) + query
+        for block, generated in zip(self.field, weights, strict=True):
+            q = block(q, generated)
+        return self.head(self.head_norm(q)) + velocity
