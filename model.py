@@ -84,21 +84,30 @@ def lexicode(num_words: int, length: int) -> Tensor:
 ENCODINGS = {"kronecker": kronecker, "coded": coded}
 
 
-def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
-    """||x_m - mu_k||^2 for x (M, dims) -> (M, N), by direct differences: |x|^2 - 2 x.mu + |mu|^2 would cancel
-    near a centroid, exactly where 1/(d + eps) matters."""
-    return torch.cdist(x, centroids, compute_mode="donot_use_mm_for_euclid_dist").square_()
+def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """||x_m - mu_k||^2 for x (M, dims) -> (M, N), and the nearest class (M, 1).
+
+    |x|^2 - 2 x.mu + |mu|^2 is one fast product, but it cancels near a centroid, exactly where 1/(d + eps)
+    matters: the distance to the nearest one is taken again, by direct differences.
+    """
+    with torch.autocast(x.device.type, enabled=False):  # it would make the product bfloat16
+        d = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)
+    d += x.square().sum(1, keepdim=True)
+    nearest = d.argmin(1, keepdim=True)
+    return d.scatter_(1, nearest, (x - centroids[nearest[:, 0]]).square().sum(1, keepdim=True)), nearest
 
 
 def log_potential(d: Tensor, eps: float, transform: str) -> tuple[Tensor, Tensor]:
-    """T(d), the logit of a class at squared distance d, and its slope -dT/dd > 0."""
+    """T(d), the logit at squared distance d, and 1 / s, where s = -T'(d) > 0; d may be overwritten."""
     if transform == "log":
-        return -(d + eps).log(), 1 / (d + eps)
+        d.add_(eps)
+        return d.log().neg_(), d
     if transform == "linear":
         return -d, torch.ones_like(d)
     if transform == "sqrt":
-        return -(d + eps).sqrt(), 0.5 / (d + eps).sqrt()
-    return 1 / (d + eps), (d + eps) ** -2  # inverse
+        root = (d + eps).sqrt()
+        return -root, 2 * root
+    return 1 / (d + eps), (d + eps).square()  # inverse
 
 
 @torch.no_grad()
@@ -114,14 +123,17 @@ def potential_gradient(
     x = x if x.dtype == torch.float64 else x.float()
     centroids = centroids.to(x)
     phi, grad = x.new_empty(len(x)), torch.empty_like(x)
-    chunk = max(1, 2**21 // len(centroids))
+    chunk = max(1, 2 ** (17 if x.device.type == "cpu" else 22) // len(centroids))  # half a MB fits a cache
     for i in range(0, len(x), chunk):
         x_i, y_i = x[i : i + chunk], labels[i : i + chunk, None]
-        logits, slope = log_potential(squared_distances(x_i, centroids), eps, transform)
-        log_p = F.log_softmax(logits / tau, dim=1)
-        phi[i : i + chunk] = -log_p.gather(1, y_i)[:, 0]
-        weight = slope * log_p.exp_()  # p_k s_k
-        own = slope.gather(1, y_i) - weight.gather(1, y_i)  # (1 - p_y) s_y, taken first: it cancels most
+        d, nearest = squared_distances(x_i, centroids)
+        logits, steep = log_potential(d, eps, transform)
+        logits.sub_(logits.gather(1, nearest)).div_(tau)
+        log_own = logits.gather(1, y_i)
+        p = logits.clamp_min_(-60).softmax(1)  # lower, products with denormal numbers would take all the time
+        phi[i : i + chunk] = -(log_own + p.gather(1, nearest).log())[:, 0]
+        own = (1 - p.gather(1, y_i)) / steep.gather(1, y_i)  # taken first: it cancels most
+        weight = p.div_(steep)  # p_k s_k
         weight.scatter_(1, y_i, 0)
         repel = weight.sum(1, keepdim=True) * x_i - weight @ centroids
         grad[i : i + chunk] = (2 / tau) * (own * (x_i - centroids[y_i[:, 0]]) - repel)
@@ -262,7 +274,7 @@ class FlowSeg(nn.Module):
         p = torch.zeros(len(x), c.num_classes, *x.shape[2:]).to(x.device) if total is None else total
         for row in range(x.shape[2]):
             pixels = x[:, :, row].movedim(1, -1).flatten(0, 1).float()  # (B W, dims)
-            d = squared_distances(pixels, self.centroids)  # (B W, N)
+            d, _ = squared_distances(pixels, self.centroids)  # (B W, N)
             logits = log_potential(d, c.eps, c.transform)[0] / c.tau
             p[:, :, row] += logits.softmax(1).unflatten(0, (len(x), -1)).movedim(-1, 1)
         return p
