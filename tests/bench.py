@@ -319,7 +319,10 @@ def bench_limits(tiny: bool, repeats: int, compiling: bool) -> dict:
 
 @mock.patch("torch.autocast", lambda *args, **settings: nullcontext())  # it does not know the meta device
 def counted(config: Config, side: int, batch: int = 1, recompute: bool = False) -> dict:
-    """FLOPs of products and convolutions, and bytes kept for the backward pass: nothing is computed."""
+    """FLOPs of products and convolutions, and bytes kept for the backward pass; nothing is computed.
+
+    The attention matrices are left out of the bytes: the fused kernels of a GPU do not keep them.
+    """
     with torch.device("meta"):
         model = FlowSeg(replace(config, encoding="kronecker"))  # a lexicode would have to be computed
         image = torch.zeros(batch, 3, side, side)
@@ -328,9 +331,11 @@ def counted(config: Config, side: int, batch: int = 1, recompute: bool = False) 
     model.network.recompute = recompute
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, Tensor] = {}
+    tokens = (side // config.patch_size) ** 2
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        if tensor.shape[-2:] != (tokens, tokens):
+            kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
     with FlopCounterMode(display=False) as training:
