@@ -85,13 +85,10 @@ ENCODINGS = {"kronecker": kronecker, "coded": coded}
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """||x_m - mu_k||^2 for x (M, dims) -> (M, N), and the nearest class (M, 1).
-
-    |x|^2 - 2 x.mu + |mu|^2 is one fast product, but it cancels near a centroid, exactly where 1/(d + eps)
-    matters: the distance to the nearest one is taken again, by direct differences.
-    """
+    """||x_m - mu_k||^2 for x (M, dims) -> (M, N), and the nearest class (M, 1). One fast product, but it
+    cancels near a centroid, exactly where 1/(d + eps) matters: the least is taken again, by differences."""
     with torch.autocast(x.device.type, enabled=False):  # it would make the product bfloat16
-        d = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)
+        d = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)  # |mu|^2 - 2 x.mu
     d += x.square().sum(1, keepdim=True)
     nearest = d.argmin(1, keepdim=True)
     return d.scatter_(1, nearest, (x - centroids[nearest[:, 0]]).square().sum(1, keepdim=True)), nearest
@@ -100,13 +97,11 @@ def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def log_potential(d: Tensor, eps: float, transform: str) -> tuple[Tensor, Tensor]:
     """T(d), the logit at squared distance d, and 1 / s, where s = -T'(d) > 0; d may be overwritten."""
     if transform == "log":
-        d.add_(eps)
-        return d.log().neg_(), d
+        return d.add_(eps).log().neg_(), d
     if transform == "linear":
         return -d, torch.ones_like(d)
     if transform == "sqrt":
-        root = (d + eps).sqrt()
-        return -root, 2 * root
+        return -(d + eps).sqrt(), 2 * (d + eps).sqrt()
     return 1 / (d + eps), (d + eps).square()  # inverse
 
 
@@ -133,8 +128,7 @@ def potential_gradient(
         p = logits.clamp_min_(-60).softmax(1)  # lower, products with denormal numbers would take all the time
         phi[i : i + chunk] = -(log_own + p.gather(1, nearest).log())[:, 0]
         own = (1 - p.gather(1, y_i)) / steep.gather(1, y_i)  # taken first: it cancels most
-        weight = p.div_(steep)  # p_k s_k
-        weight.scatter_(1, y_i, 0)
+        weight = p.div_(steep).scatter_(1, y_i, 0)  # p_k s_k of the other classes
         repel = weight.sum(1, keepdim=True) * x_i - weight @ centroids
         grad[i : i + chunk] = (2 / tau) * (own * (x_i - centroids[y_i[:, 0]]) - repel)
     return phi, grad

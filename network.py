@@ -143,8 +143,7 @@ class FieldBlock(nn.Module):
         self.generator = nn.Linear(hidden, 2 * self.width * self.inner)
 
     def forward(self, q: Tensor, weights: Tensor) -> Tensor:
-        """q: (n, P P, Dx) of n tokens, weights: (n, 2 Dx r Dx), what the generator made of them."""
-        w1, w2 = weights.chunk(2, dim=-1)  # (n, Dx r Dx)
+        w1, w2 = weights.chunk(2, dim=-1)  # (n, Dx r Dx), which the generator made of n tokens
         w1 = F.normalize(w1.unflatten(-1, (self.width, self.inner)), dim=-2)  # unit norm along the input
         w2 = F.normalize(w2.unflatten(-1, (self.inner, self.width)), dim=-2)
         return q + F.silu(self.norm(q) @ w1) @ w2  # (n, P P, Dx)
