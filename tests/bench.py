@@ -235,6 +235,17 @@ def bench_sampling(tiny: bool, repeats: int, compiling: bool) -> dict:
     return facts
 
 
+class Shift(nn.Module):
+    """Next to nothing in the place of the neural field, through which the tokens still get a gradient."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.generator = nn.Linear(config.hidden, config.field_width)
+
+    def forward(self, q: Tensor, weights: Tensor) -> Tensor:
+        return q + weights[:, None]
+
+
 def bench_shares(tiny: bool, repeats: int, compiling: bool) -> dict:
     """Share of a training step by leaving a part out; `data` by drawing the batch."""
     facts = {}
@@ -246,11 +257,13 @@ def bench_shares(tiny: bool, repeats: int, compiling: bool) -> dict:
         batch, side = (1, 32) if tiny else (batch, side)
         model, whole = training_step(config, batch, side)
         network, optimizer_only = model.network, training_step(config, 1, config.patch_size)[1]
-        blocks, field = network.blocks, network.field
+        blocks, field, shift = network.blocks, network.field, nn.ModuleList([Shift(config)])
 
-        def part_missing(part: str, whole=whole, network=network, blocks=blocks, field=field) -> None:
+        def part_missing(
+            part: str, whole=whole, network=network, blocks=blocks, field=field, shift=shift
+        ) -> None:
             network.blocks = nn.ModuleList() if part == "backbone" else blocks
-            network.field = nn.ModuleList() if part == "neural field" else field
+            network.field = shift if part == "neural field" else field
             with without_potential() if part == "potential" else nullcontext():
                 whole()
 
