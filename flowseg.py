@@ -220,7 +220,11 @@ def info(
 ) -> None:
     """Say what is here: the machine; a data set, with every problem found; or what a checkpoint holds."""
     if what is None:
-        facts = _machine()
+        from run import environment
+        from train import pick_device
+
+        data_root = os.environ.get("FLOWSEG_DATA", "~/.cache/flowseg")
+        facts = environment() | {"device": str(pick_device()), "data root": data_root}
     elif what.endswith(".safetensors"):
         model = _load(Path(what), "cpu")
         facts = {"config": asdict(model.config), **model.metadata}
@@ -234,20 +238,6 @@ def info(
         for name, value in facts.items():
             out.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", markup=False)
     raise typer.Exit(3 if facts.get("problems") else 0)
-
-
-def _machine() -> dict:
-    import torch
-
-    from run import environment
-    from train import pick_device
-
-    return environment() | {
-        "device": str(pick_device()),
-        "threads": torch.get_num_threads(),
-        "data root": str(Path(os.environ.get("FLOWSEG_DATA", "~/.cache/flowseg")).expanduser()),
-        "runs": sorted(str(path.parent) for path in Path("runs").glob("*/last.safetensors")),
-    }
 
 
 def _describe(dataset: str, root: Path | None, limit: int | None) -> dict:

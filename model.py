@@ -135,7 +135,6 @@ def potential_gradient(
 
 
 FORMAT = "flowseg-1"
-Velocity = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> v
 Generator = torch.Generator | list[torch.Generator] | None  # of a batch, or one an image
 
 
@@ -152,7 +151,7 @@ class FlowSeg(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
         """v_theta(x_t, t, I): x (B, dims, H, W), t (B,) in [0, 1], image (B, 3, H, W) -> as x, float32."""
-        self._check_image(image)
+        self._check(image)
         B, _, H, W = image.shape
         p, shape = self.config.patch_size, (B, self.config.dims, H, W)
         if H % p or W % p:
@@ -191,8 +190,7 @@ class FlowSeg(nn.Module):
         grows like 1 / (1 - t):  R = mean |x1_hat - stopgrad(mu[y] - grad Phi(x1_hat))|^2, which at t = 0 is
         the paper's |v - stopgrad(v_gt - grad Phi)|^2.
         """
-        self._check_image(image)
-        self._check_labels(labels, image)
+        self._check(image, labels)
         t = draw(torch.rand, (len(image),), generator).to(image)
         count = ((labels != IGNORE).sum() if count is None else count).clamp_min(1)
         x0, features = self.source(image, generator), self.network.encode(image)
@@ -228,14 +226,14 @@ class FlowSeg(nn.Module):
 
     @torch.no_grad()
     def trajectory(
-        self, image: Tensor, steps: int | None = None, velocity: Velocity | None = None
+        self, image: Tensor, steps: int | None = None, velocity: Callable | None = None
     ) -> Iterator[Tensor]:
         """States x (B, dims, H, W) of the Euler steps x <- x + v(x, i / S) / S, from the photo to the mask.
 
         image: (B, 3, H, W) in [-1, 1], any size: the sides are padded to multiples of the patch.
         velocity: a callable (x, t) that takes the network's place.
         """
-        self._check_image(image)
+        self._check(image)
         steps = self.config.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps is {steps}; expected at least 1")
@@ -251,7 +249,7 @@ class FlowSeg(nn.Module):
             x = x + velocity(x, torch.full((len(x),), i / steps, device=x.device)) / steps
             yield x[..., :H, :W]
 
-    def sample(self, image: Tensor, steps: int | None = None, velocity: Velocity | None = None) -> Tensor:
+    def sample(self, image: Tensor, steps: int | None = None, velocity: Callable | None = None) -> Tensor:
         """End state x1 (B, dims, H, W) of `trajectory`: deterministic, the same image gives the same mask."""
         *_, x = self.trajectory(image, steps, velocity)
         return x
@@ -293,19 +291,16 @@ class FlowSeg(nn.Module):
             labels[:, rows] = best.short()
         return labels, confidence
 
-    def _check_image(self, image: Tensor) -> None:
+    def _check(self, image: Tensor, labels: Tensor | None = None) -> None:
         if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-            raise ValueError(
-                f"image is {tuple(image.shape)} {image.dtype}; expected (B, 3, H, W) float in [-1, 1]"
-            )
-
-    def _check_labels(self, labels: Tensor, image: Tensor) -> None:
-        expected = (len(image), *image.shape[2:])
+            given = f"{tuple(image.shape)} {image.dtype}"
+            raise ValueError(f"image is {given}; expected (B, 3, H, W) float in [-1, 1]")
+        if labels is None:
+            return
+        n, expected = self.config.num_classes, (len(image), *image.shape[2:])
         if labels.shape != expected or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels are {tuple(labels.shape)} {labels.dtype}; expected {expected} torch.int64"
-            )
-        n = self.config.num_classes
+            given = f"{tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"labels are {given}; expected {expected} torch.int64")
         if labels.device.type == "cpu" and (highest := labels.where(labels != IGNORE, 0).max()) >= n:
             raise ValueError(f"labels run to {highest}; expected 0..{n - 1} or {IGNORE}")  # elsewhere: a wait
 

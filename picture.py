@@ -12,7 +12,6 @@ from difflib import get_close_matches
 from glob import glob
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -27,13 +26,11 @@ class PictureError(Exception):
     """A picture that cannot be read or written, in one line: given, expected, fix."""
 
 
-def read_photo(source: str | Path | BinaryIO, max_pixels: int = 250_000_000) -> Image.Image:
-    """The upright RGB photo in a file or stream: first frame, transparency on white, 8 bits a channel."""
-    stream = hasattr(source, "read")
-    name = getattr(source, "name", "the stream") if stream else source
+def read_photo(path: str | Path, max_pixels: int = 250_000_000) -> Image.Image:
+    """The upright RGB photo in a file: first frame, transparency on white, 8 bits a channel."""
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own, only raised
     try:
-        data = source.read() if stream else Path(source).read_bytes()
+        data = Path(path).read_bytes()
         image = Image.open(BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height}")
@@ -42,14 +39,13 @@ def read_photo(source: str | Path | BinaryIO, max_pixels: int = 250_000_000) -> 
             ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{name} has over {max_pixels:,} pixels: {error}; raise max_pixels?") from error
+        raise PictureError(f"{path} has over {max_pixels:,} pixels: {error}; raise max_pixels?") from error
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             reason = "not a picture" if data else "empty file"
-        raise PictureError(
-            f"{name}: cannot be read ({reason}); give a whole {', '.join(FORMATS)} file"
-        ) from error
+        fix = f"give a whole {', '.join(FORMATS)} file"
+        raise PictureError(f"{path}: cannot be read ({reason}); {fix}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

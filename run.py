@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from model import CheckpointError, FlowSeg, write_tensors
 
 STATE, PREVIOUS = "state.safetensors", "previous.safetensors"
-PROGRESS = "step", "validated", "best"
 STOPS = (signal.SIGINT, signal.SIGTERM)
 SAVE = getattr(signal, "SIGUSR1", None)  # save now and go on; Windows has none
 
@@ -64,13 +63,13 @@ def log(folder: Path, **values: float) -> None:
         file.write(json.dumps(values) + "\n")
 
 
-def save_state(folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, **progress) -> None:
-    """Write everything that the next step depends on into one file, and keep the one before it."""
+def save_state(folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, at: tuple) -> None:
+    """Write all that the next step depends on, at = (step, validated, best), and keep the file before it."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = nn.ModuleDict({"model": model, "ema": ema}).state_dict()
     for parameter, moments in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{k}": v for k, v in moments.items()}
-    write_tensors(tensors, folder / STATE, progress, keep=PREVIOUS)
+    write_tensors(tensors, folder / STATE, {"at": at}, keep=PREVIOUS)
 
 
 def load_state(
@@ -82,7 +81,7 @@ def load_state(
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                step, validated, best = (json.loads(file.metadata()[k]) for k in PROGRESS)
+                step, validated, best = json.loads(file.metadata()["at"])
             break
         except (SafetensorError, OSError, KeyError, TypeError) as error:
             damage.append(f"{path} is damaged ({error})")

@@ -65,6 +65,7 @@ class TrainConfig:
     workers: int = 0
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on CUDA, float32 elsewhere
     compile: bool = False  # torch.compile the network
+    recompute: bool = False  # the neural field in the backward pass: less than half the memory, slower
     deterministic: bool = False  # refuse operations whose result may vary, on a GPU
 
 
@@ -86,14 +87,14 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
     if preset not in PRESETS:
         raise RunError(f"--preset {preset}: expected {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     values = PRESETS[preset] | given
-    config = TrainConfig(**_only(TrainConfig, values))
+    config = TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__})
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise RunError(f"dtype is {config.dtype!r}; expected auto, float32 or bfloat16")
     values["num_classes"] = len(open_dataset(config.dataset, "training", config.root).labels.classes)
     if values["num_classes"] > 32:  # measured at 11, 14 and 112 classes: README, Ablations
         values = {"encoding": "coded", "dims": 19} | values
     try:
-        model_config = Config(**_only(Config, values))
+        model_config = Config(**{k: v for k, v in values.items() if k in Config.__dataclass_fields__})
     except ValueError as error:
         raise RunError(str(error)) from error
     parts, patch = int(os.environ.get("WORLD_SIZE", 1)) * config.accumulate, model_config.patch_size
@@ -102,10 +103,6 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
     if config.batch % parts:
         raise RunError(f"batch is {config.batch}; expected a multiple of {parts}, processes x accumulate")
     return config, model_config
-
-
-def _only(kind: type, values: dict) -> dict:
-    return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
 @dataclass(frozen=True)
@@ -188,9 +185,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices and convolutions, not biases, norms and embeddings."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    free = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix],
+               "weight_decay": config.weight_decay * matrix} for matrix in (True, False)]  # fmt: skip
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
 
 
@@ -269,6 +265,7 @@ def train(
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(model, config)
     step, validated, best = run.load_state(folder, model, ema, optimizer, console)
+    model.network.recompute = config.recompute
     if config.compile:  # in place, so that the weights keep their names
         model.network.compile()
         model.network.encode = torch.compile(model.network.encode)
@@ -305,7 +302,7 @@ def train(
                 since, began = step, time.perf_counter()
             if stop or asked or (due(config.save_every) and not failures):  # failing, keep the healthy state
                 if rank == 0 and saved != (step, validated):
-                    run.save_state(folder, model, ema, optimizer, step=step, validated=validated, best=best)
+                    run.save_state(folder, model, ema, optimizer, (step, validated, best))
                 saved = step, validated
             if stop or step == config.max_steps:
                 break

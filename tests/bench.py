@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as method
 from data import Stream, open_dataset
 from model import FlowSeg
-from network import PRESETS, Config, Network
+from network import Config, Network
 from tests.reference import Reference
-from train import SETUPS, TrainConfig, make_optimizer
+from train import TrainConfig, make_optimizer, resolve
 
 ROOT = Path(__file__).parent.parent
 H100 = 989e12  # dense bfloat16 FLOP per second, by its data sheet
@@ -212,10 +212,11 @@ def bench_sampling(tiny: bool, repeats: int, compiling: bool) -> dict:
     facts = {}
     steps = (1, 2, 5, 10)
     for preset in ("tiny",) if tiny else ("tiny", "small"):
-        side = 32 if tiny else (SETUPS[preset].get("size") or TrainConfig.size)
+        setup, config = resolve({"preset": preset}, [])
+        side = 32 if tiny else setup.size
         image = torch.rand(1, 3, side, side) * 2 - 1
         for style in ("eager", "compiled") if compiling else ("eager",):
-            model = FlowSeg(Config(14, **PRESETS[preset])).eval()
+            model = FlowSeg(config).eval()
             if style == "compiled":
                 compiled(model.network)
             for dtype in (torch.float32, torch.bfloat16):
@@ -249,9 +250,10 @@ class Shift(nn.Module):
 def bench_shares(tiny: bool, repeats: int, compiling: bool) -> dict:
     """Share of a training step by leaving a part out; `data` by drawing the batch."""
     facts = {}
-    sizes = {
-        p: (Config(14, **PRESETS[p]), 8, SETUPS[p].get("size") or TrainConfig.size) for p in ("tiny", "small")
-    }
+    sizes = {}
+    for preset in ("tiny", "small"):
+        setup, config = resolve({"preset": preset}, [])
+        sizes[preset] = config, setup.batch, setup.size
     sizes["D 384"] = medium(False, conv_width=Config.conv_width, encoding="coded", dims=19), 1, 256
     for name, (config, batch, side) in {"tiny": sizes["tiny"]}.items() if tiny else sizes.items():
         batch, side = (1, 32) if tiny else (batch, side)
@@ -375,11 +377,11 @@ def bench_scaling(tiny: bool, repeats: int, compiling: bool) -> dict:
     classes = {"num_classes": 171, "dims": 19}
     for preset in ("tiny",) if tiny else ("base", "large", "xl"):
         for side in (32,) if tiny else (256, 512, 1024):
-            config = Config(**classes, **PRESETS[preset])
+            config = replace(resolve({"preset": preset}, [])[1], **classes)
             facts[f"{preset}, {side} px, an image"] = counted(config, side)
     for recompute in (False, True):
         name = "xl, 512 px, 16 images" + (", recompute" if recompute else "")
-        config = Config(**classes, **PRESETS["tiny" if tiny else "xl"])
+        config = replace(resolve({"preset": "tiny" if tiny else "xl"}, [])[1], **classes)
         one = counted(config, 32 if tiny else 512, 1, recompute)
         work = 16 * one["TFLOP, training step"] * 1e12
         hours = 160_000 * work / (H100 * UTILISATION) / 3600

@@ -186,7 +186,7 @@ def test_segment_a_folder_keeps_names_and_goes_on_after_a_bad_file(trained):
 def test_info_on_machine_data_and_checkpoint(trained):
     cwd, _ = trained
     machine = json.loads(flowseg("info", "--json", cwd=cwd).stdout)
-    assert machine["runs"] == ["runs/halves-tiny"]
+    assert {"python", "torch", "commit", "device", "data root"} == machine.keys()
     data = flowseg("info", "halves", "--json", cwd=cwd)
     facts = json.loads(data.stdout)
     assert data.returncode == 0

@@ -45,12 +45,13 @@ def scene(width: int, height: int) -> tuple[Image.Image, np.ndarray]:
     return Image.new("RGB", (width, height), (90, 90, 90)), labels
 
 
-def png(size: tuple[int, int], bits: int, rows: bytes) -> io.BytesIO:
+def png(path: Path, size: tuple[int, int], bits: int, rows: bytes) -> Path:
     """An RGB PNG by hand, for what Pillow does not write."""
     header = struct.pack(">IIBBBBB", *size, bits, 2, 0, 0, 0)
     chunks = (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND")
     body = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    return path
 
 
 def colors_in(image: Image.Image) -> set[tuple[int, ...]]:
@@ -124,7 +125,9 @@ def test_a_dark_sixteen_bit_photo_stays_dark(tmp_path):
 
 
 def test_sixteen_bit_colour_keeps_its_gradient(tmp_path):
-    photo = picture.read_photo(png((2, 1), 16, b"\0" + struct.pack(">6H", 65535, 32768, 0, 257, 514, 771)))
+    photo = picture.read_photo(
+        png(tmp_path / "a.png", (2, 1), 16, b"\0" + struct.pack(">6H", 65535, 32768, 0, 257, 514, 771))
+    )
     assert pixels(photo)[0].tolist() == [[255, 128, 0], [1, 2, 3]]
 
 
@@ -142,16 +145,10 @@ def test_integer_and_float_tiff_are_scaled_by_their_range(tmp_path, values, expe
     assert pixels(photo)[0, :, 0].tolist() == expected
 
 
-def test_first_frame_of_a_gif_and_any_stream(tmp_path):
+def test_first_frame_of_a_gif(tmp_path):
     frames = [Image.new("RGB", (4, 4), color) for color in (RED, BLUE)]
     path = write(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
     assert picture.read_photo(path).getpixel((0, 0)) == RED
-    assert picture.read_photo(io.BytesIO(path.read_bytes())).getpixel((0, 0)) == RED
-    read_end, write_end = os.pipe()  # standard input cannot seek
-    with open(write_end, "wb") as pipe:
-        pipe.write(path.read_bytes())
-    with open(read_end, "rb") as pipe:
-        assert picture.read_photo(pipe).getpixel((0, 0)) == RED
 
 
 def test_content_decides_not_the_suffix(tmp_path):
@@ -195,14 +192,15 @@ def test_bad_files_get_one_line_that_names_them(tmp_path, name, reason):
     assert "give a whole JPEG" in message
 
 
-def test_every_cut_of_a_file_is_a_picture_error_or_a_photo():
+def test_every_cut_of_a_file_is_a_picture_error_or_a_photo(tmp_path):
     for kind in picture.FORMATS:
         buffer = io.BytesIO()
         corners().save(buffer, kind)
         whole = buffer.getvalue()
         for end in range(1, len(whole), max(1, len(whole) // 40)):
             try:
-                assert picture.read_photo(io.BytesIO(whole[:end])).size == (48, 32)
+                (tmp_path / "cut").write_bytes(whole[:end])
+                assert picture.read_photo(tmp_path / "cut").size == (48, 32)
             except PictureError as error:
                 assert "\n" not in str(error)
 
@@ -215,8 +213,8 @@ def test_decompression_bombs_are_refused_and_the_limit_can_be_lifted(tmp_path, m
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert picture.read_photo(path, max_pixels=48 * 32).size == (48, 32)
 
-    with pytest.raises(PictureError, match="the stream has over 250,000,000 pixels"):
-        picture.read_photo(png((40000, 40000), 8, b"\0" * 1000))
+    with pytest.raises(PictureError, match=r"b\.png has over 250,000,000 pixels"):
+        picture.read_photo(png(tmp_path / "b.png", (40000, 40000), 8, b"\0" * 1000))
 
 
 # Finding
