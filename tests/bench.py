@@ -1,6 +1,6 @@
 """Measure speed and memory: `python -m tests.bench [SECTION ..] [--json FILE] [--repeats N] [--compile]`.
 
-Sections: network, potential, sampling, shares, startup, limits, scaling; all if none is named. What is
+Sections: network, training, potential, sampling, shares, startup, limits, scaling; all if none is named. What is
 compared runs in turn in one process and the median counts, so a machine that slows down slows both sides.
 --compile adds torch.compile, which takes a minute or more to compile. --tiny shrinks everything to seconds.
 
@@ -165,11 +165,13 @@ def without_potential():
     method.potential_gradient = whole
 
 
-def training_step(config: Config, batch: int, side: int) -> tuple[FlowSeg, Callable]:
+def training_step(
+    config: Config, batch: int, side: int, recompute: bool = True, bfloat16: bool = False
+) -> tuple[FlowSeg, Callable]:
     """(model, one whole optimizer step on random images), as `train` takes it, without the data."""
     torch.manual_seed(0)
     model = FlowSeg(config)
-    model.network.recompute = True
+    model.network.recompute = recompute
     parameters = list(model.parameters())
     ema = [p.detach().clone() for p in parameters]
     optimizer = make_optimizer(model, TrainConfig())
@@ -177,13 +179,34 @@ def training_step(config: Config, batch: int, side: int) -> tuple[FlowSeg, Calla
     labels = torch.randint(0, config.num_classes, (batch, side, side))
 
     def step() -> None:
-        model.loss(image, labels, torch.Generator().manual_seed(0))[0].backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = model.loss(image, labels, torch.Generator().manual_seed(0))[0]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         torch._foreach_lerp_(ema, parameters, 0.005)
 
     return model, step
+
+
+def bench_training(tiny: bool, repeats: int, compiling: bool) -> dict:
+    """Seconds of a training step of 8 images, without the data, at the size of the preset."""
+    facts = {}
+    for preset in ("tiny",) if tiny else ("tiny", "small"):
+        setup, config = resolve({"preset": preset}, [])
+        batch, side = (1, 32) if tiny else (setup.batch, setup.size)
+        runs = {}
+        for name in ("eager", "eager recompute", "eager bfloat16") + (
+            "compiled",
+            "compiled bfloat16",
+        ) * compiling:
+            model, runs[name] = training_step(config, batch, side, "recompute" in name, "bfloat16" in name)
+            if "compiled" in name:  # as `flowseg train --compile` does it
+                model.network.compile()
+                model.network.encode = torch.compile(model.network.encode)
+        facts[f"{preset}, {batch} images of {side} px"] = interleaved(runs, repeats)
+    return facts
 
 
 def bench_potential(tiny: bool, repeats: int, compiling: bool) -> dict:

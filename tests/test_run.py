@@ -299,6 +299,12 @@ def test_bfloat16_keeps_weights_state_and_loss_in_float32(tmp_path):
     assert all(np.isfinite(line["loss"]) for line in logs if "loss" in line)
 
 
+def test_recomputing_the_neural_field_changes_nothing(tmp_path):
+    for recompute in (False, True):
+        run(tmp_path / str(recompute), f"recompute={str(recompute).lower()}")
+    assert same(tmp_path / "False", tmp_path / "True")
+
+
 def test_deterministic_is_switched_on_and_off(tmp_path):
     run(tmp_path / "on", deterministic=True, max_steps=1)
     assert torch.are_deterministic_algorithms_enabled()
