@@ -1,8 +1,8 @@
 """Measure speed and memory: `python -m tests.bench [SECTION ..] [--json FILE] [--repeats N] [--compile]`.
 
-Sections: network, training, potential, sampling, shares, startup, limits, scaling; all if none is named. What is
-compared runs in turn in one process and the median counts, so a machine that slows down slows both sides.
---compile adds torch.compile, which takes a minute or more to compile. --tiny shrinks everything to seconds.
+Sections: network, training, potential, sampling, shares, startup, limits, scaling; all if none is named.
+What is compared runs in turn in one process and the median counts, so a machine that slows down slows both
+sides. --compile adds torch.compile, which takes a minute or more. --tiny shrinks everything to seconds.
 
 Peak memory is taken on Linux in a fresh process per setting: one warm-up step, free memory given back, the
 high-water mark of the resident memory reset, one step; the mark minus what was resident before is what

@@ -137,4 +137,4 @@ def test_the_bench_runs(section, tmp_path, capsys):
 def test_the_bench_names_its_sections(capsys):
     with pytest.raises(SystemExit):
         bench.main(["netwrok"])
-    assert "no section netwrok; expected network, potential" in capsys.readouterr().err
+    assert "no section netwrok; expected network, training, potential" in capsys.readouterr().err
