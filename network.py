@@ -157,7 +157,7 @@ def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequentia
     )  # fmt: skip
 
 
-CHUNK = 16  # tokens that paint at a time on a CPU: a megabyte or two, which stays in its cache
+CHUNK = 2**19  # activations of the tokens that paint at a time on a CPU: two megabytes stay in its cache
 Features = tuple[Tensor, Tensor, Tensor]  # (B, L, D), (B L, P P, Dx), (B L, P P, dims): see Network.encode
 
 
@@ -271,7 +271,8 @@ class Network(nn.Module):
         pixels = cells.flatten(0, 1).flatten(2).transpose(1, 2)  # (B L, P P, C)
         weights = [block.generator(s) for block in self.field]  # (B L, 2 Dx r Dx) each
         paint = partial(checkpoint, self.paint, use_reentrant=False) if self.recompute else self.paint
-        chunk = CHUNK if x.device.type == "cpu" and not torch.compiler.is_compiling() else len(s)
+        chunk = max(1, CHUNK // (p * p * self.config.field_ratio * self.config.field_width))
+        chunk = chunk if x.device.type == "cpu" and not torch.compiler.is_compiling() else len(s)
         parts = zip(*(a.split(chunk) for a in (pixels, image_query, image_velocity, *weights)), strict=True)
         out = torch.cat([paint(*part) for part in parts]).float()  # (B L, P P, C)
         return out.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)

@@ -70,7 +70,8 @@ def test_chunks_and_recomputing_change_nothing(chunk, recompute, monkeypatch):
     config, *size = drawn(3)
     network, reference = trained(config), Reference(config)
     reference.load_state_dict(network.state_dict())
-    monkeypatch.setattr("network.CHUNK", chunk)
+    activations = config.patch_size**2 * config.field_ratio * config.field_width  # of a token
+    monkeypatch.setattr("network.CHUNK", chunk * activations)
     network.recompute = recompute
     assert_equal(outcome(network, size), outcome(reference, size))
 
