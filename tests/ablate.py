@@ -52,7 +52,7 @@ def run(row: str, given: dict, split: str, steps: list[int], folder: Path) -> di
         logits = f"dims={len(data.labels.classes)}", "encoding=kronecker", "steps=1"
         settings, steps = [*settings, *logits], [1]
     config, model_config = training.resolve(given, settings)
-    began, console = time.perf_counter(), Console(stderr=True)
+    began, console = time.perf_counter(), Console(stderr=True, soft_wrap=True, highlight=False)
     if code := training.train(config, model_config, folder, "auto", console, kind):
         raise typer.Exit(code)
     facts = {"row": row, "seed": config.seed, "minutes": (time.perf_counter() - began) / 60, "scores": {}}

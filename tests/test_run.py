@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import flowseg
 import train as training
 from data import Shapes
 from model import FlowSeg
@@ -285,6 +286,25 @@ flowseg.main()
     done = torchrun(tmp_path / "run", script=script)
     assert done.returncode != 0
     assert "error: process 1: ValueError: this one is broken" in done.stderr
+
+
+@pytest.mark.parametrize(("error", "hint"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "lower --batch or --size, or split"),
+    (RuntimeError("DataLoader timed out after 300 seconds"), "check the storage, or try --workers 0"),
+    (OSError(28, "No space left on device"), "check the path and the space left there"),
+    (KeyError("mu"), "this may be a bug: flowseg --debug COMMAND shows where"),
+])  # fmt: skip
+def test_an_error_of_pytorch_says_which_option_to_turn(monkeypatch, capsys, error, hint):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(training, "resolve", fails)
+    monkeypatch.setattr(sys, "argv", ["flowseg", "train"])
+    with pytest.raises(SystemExit):
+        flowseg.main()
+    message = capsys.readouterr().err
+    assert hint in message
+    assert len(message.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- precision and compile
