@@ -122,13 +122,13 @@ def potential_gradient(
     for i in range(0, len(x), chunk):
         x_i, y_i = x[i : i + chunk], labels[i : i + chunk, None]
         d, nearest = squared_distances(x_i, centroids)
-        logits, steep = log_potential(d, eps, transform)
+        logits, inv_slope = log_potential(d, eps, transform)
         logits.sub_(logits.gather(1, nearest)).div_(tau)
         log_own = logits.gather(1, y_i)
         p = logits.clamp_min_(-60).softmax(1)  # lower, products with denormal numbers would take all the time
         phi[i : i + chunk] = -(log_own + p.gather(1, nearest).log())[:, 0]
-        own = (1 - p.gather(1, y_i)) / steep.gather(1, y_i)  # taken first: it cancels most
-        weight = p.div_(steep).scatter_(1, y_i, 0)  # p_k s_k of the other classes
+        own = (1 - p.gather(1, y_i)) / inv_slope.gather(1, y_i)  # taken first: it cancels most
+        weight = p.div_(inv_slope).scatter_(1, y_i, 0)  # p_k s_k of the other classes
         repel = weight.sum(1, keepdim=True) * x_i - weight @ centroids
         grad[i : i + chunk] = (2 / tau) * (own * (x_i - centroids[y_i[:, 0]]) - repel)
     return phi, grad

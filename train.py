@@ -318,7 +318,7 @@ def train(
                 optimizer.step()
             elif failures == MOST_FAILURES:
                 t = draw(torch.rand, (len(own),), generators(config, step))
-                bad = next(name for name, p in model.named_parameters() if not p.grad.isfinite().all())
+                bad = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()), "norm")
                 files = ", ".join(data.read(i)[2] for *_, indices in parts for i in indices.tolist())
                 where = f"the last at step {step}, first in {bad}, t {t.min():.2f} to {t.max():.2f}"
                 fix = f"lower --lr, or look at {files}"
