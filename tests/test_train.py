@@ -165,15 +165,14 @@ def test_a_large_photo_of_many_classes_takes_little_memory():
         import numpy as np, torch
         from PIL import Image
         from model import FlowSeg, segment_photo
-        from network import PRESETS, Config
+        from network import Config
         from train import confusion_matrix
 
         def status(key):
             lines = open("/proc/self/status")
             return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
-        photo, config = Image.new("RGB", (3000, 2000)), PRESETS["tiny"] | dict(num_classes=171, dims=19)
-        model = FlowSeg(Config(**config)).eval()
+        photo, model = Image.new("RGB", (3000, 2000)), FlowSeg(Config(num_classes=171, dims=19)).eval()
         segment_photo(model, Image.new("RGB", (40, 30)), 32, 1)
         before = status("VmRSS")
         labels = segment_photo(model, photo, 128, 1, flip=True, mode="slide")[0]
