@@ -48,7 +48,7 @@ def claim(folder: Path, config: dict, allow_changes: bool) -> None:
             raise RunError(f"{folder} holds another run ({'; '.join(changed)}): {fix}")
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(config, indent=2) + "\n")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise RunError(f"cannot use {folder} ({error}); choose another with --out") from error
 
 

@@ -382,6 +382,10 @@ def test_a_changed_command_or_a_foreign_folder_is_refused(tmp_path):
     run(tmp_path / "run", steps=1)
     with pytest.raises(RunError, match=r"holds another run \(lr was 0.004, now 0.01\)"):
         run(tmp_path / "run", steps=1, lr=0.01)
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    with pytest.raises(RunError, match=r"cannot use .*list"):
+        run(tmp_path / "list", steps=1)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     with pytest.raises(RunError, match=r"not a run directory; choose another with --out"):
