@@ -14,10 +14,14 @@ import hashlib
 import json
 import math
 import os
+import re
+import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
@@ -135,6 +139,7 @@ def potential_gradient(
 
 
 FORMAT = "flowseg-1"
+PIXNERD = tomllib.loads((Path(__file__).parent / "flowseg_data" / "pixnerd.toml").read_text())
 Generator = torch.Generator | list[torch.Generator] | None  # of a batch, or one an image
 
 
@@ -161,7 +166,7 @@ class FlowSeg(nn.Module):
         return self._velocity(x, t, self.network.encode(image))
 
     def _velocity(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
-        out = self.network(x, t, features)
+        out, _ = self.network(x, t, features)
         return out if self.config.prediction == "v" else (out - x) / time_left(t)
 
     def source(self, image: Tensor, generator: Generator = None) -> Tensor:
@@ -364,13 +369,117 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def start_from(model: FlowSeg, path: str) -> None:
-    """Copy the network weights of a checkpoint; they do not depend on the number of classes."""
+def import_pixnerd(path: str | Path) -> FlowSeg:
+    """The EMA network of a public PixNerd checkpoint, blind to the image, and the least around it: 2 classes.
+
+    Every key, shape and value is checked. The weights stay in the file, uncopied, until they are used.
+    """
     try:
-        model.network.load_state_dict(FlowSeg.load(path).network.state_dict())
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise CheckpointError(f"{path} has another network ({first}); match --preset") from error
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
+        skipped = "denoiser.", "diffusion_trainer."  # the weights that the EMA follows, and what trained them
+        found = {key: value for key, value in state.items() if not key.startswith(skipped)}
+        config, num_rows = pixnerd_config({k: v.shape for k, v in found.items() if torch.is_tensor(v)})
+    except Exception as error:  # foreign bytes make torch.load raise anything at all
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as a PixNerd checkpoint ({reason})") from error
+    with torch.device("meta"):  # shapes without values
+        model = FlowSeg(config)
+    ours = model.network.state_dict()
+    names = {name: pixnerd_name(name, config.depth) for name in ours if not name.startswith("image_to")}
+    shapes = {key: tuple(ours[name].shape) for name, key in names.items()}
+    if listed := faults(found, shapes | {names["no_class"]: (num_rows, config.hidden)}):
+        raise CheckpointError(f"{path} is a damaged PixNerd checkpoint or none ({listed})")
+
+    weights = {k: found[names[k]].float() if k in names else torch.zeros(v.shape) for k, v in ours.items()}
+    weights["no_class"] = weights["no_class"][-1].clone()
+    model.network.load_state_dict(weights, assign=True)
+    model.centroids = ENCODINGS[config.encoding](config.num_classes, config.dims)
+    return model.eval()
+
+
+def pixnerd_config(shapes: dict[str, torch.Size]) -> tuple[Config, int]:
+    """The configuration that a checkpoint's shapes tell, and the number of rows of its class table.
+
+    What most of them say counts, so that a single missing or wrong tensor is found to be just that.
+    """
+
+    def size(name: str, axis: int = 0) -> int:
+        return mode([s[axis] for key, s in shapes.items() if re.search(name, key) and len(s) > axis] or [4])
+
+    def blocks(part: str) -> int:
+        return len({key.split(".")[2] for key in shapes if re.search(rf"blocks\.\d+\.{part}", key)})
+
+    hidden, width = size(r"(qkv|w1|w3)\.weight", 1), size(r"x_embedder|final_layer\.norm")
+    return Config(
+        num_classes=2, dims=3, conv_width=0, patch_size=math.isqrt(size(r"s_embedder\.proj\.weight", 1) // 3),
+        hidden=hidden, depth=blocks("attn"), heads=hidden // size("[qk]_norm"), field_width=width,
+        field_depth=blocks("param_generator"), field_ratio=size("param_generator") // (2 * width**2),
+    ), size("embedding_table")  # fmt: skip
+
+
+def pixnerd_name(name: str, depth: int) -> str:
+    """What a public checkpoint with `depth` transformer blocks calls a parameter of ours."""
+    parts = name.split(".")
+    if parts[0] == "field":
+        parts[:2] = "blocks", str(depth + int(parts[1]))
+    return ".".join(["ema_denoiser", *(PIXNERD.get(part, part) for part in parts)])
+
+
+def faults(found: dict[str, object], shapes: dict[str, tuple]) -> str:
+    """How many tensors are missing, unknown, of another shape or not finite, and the first; or nothing."""
+    names = []
+    for key in shapes | found:
+        value, shape = found.get(key), shapes.get(key)
+        given = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
+        if key not in found:
+            names.append(f"{key} is missing")
+        elif key not in shapes:
+            names.append(f"{key} is unknown")
+        elif given != shape:
+            names.append(f"{key} is {given}, expected {shape}")
+        elif not value.is_floating_point() or not torch.stack(value.aminmax()).isfinite().all():
+            names.append(f"{key} is not finite")
+    return f"{len(names)} faults: " + "; ".join(names[:3] + [".."] * (len(names) > 3)) if names else ""
+
+
+def start_from(model: FlowSeg, path: str | Path) -> None:
+    """Copy the network weights of a checkpoint, ours or a public PixNerd's; the classes may be others.
+
+    A network that is blind to the image also starts one with more state channels, or with an encoder of the
+    image: whatever is new gets weight zero, so that the velocity stays the same.
+    """
+    path = Path(path)
+    source = FlowSeg.load(path) if path.suffix == ".safetensors" else from_public(path)
+    weights, own = source.network.state_dict(), model.network.state_dict()
+    if not any(value.any() for name, value in weights.items() if name.startswith("image_to")):
+        new = max(0, model.config.dims - source.config.dims)
+        state, dct = weights["pixel_embed.weight"].split([source.config.dims, 64], dim=1)
+        weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, new)), dct], dim=1)
+        weights["patch_embed.weight"] = F.pad(
+            weights["patch_embed.weight"], (0, new * model.config.patch_size**2)
+        )
+        weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, new))
+        weights["head.bias"] = F.pad(weights["head.bias"], (0, new))
+        weights |= {k: torch.zeros_like(v) for k, v in own.items() if k.startswith("image_to")}
+        weights |= {k: v for k, v in own.items() if k.startswith("encoder")}
+    if listed := faults(weights, {name: tuple(value.shape) for name, value in own.items()}):
+        raise CheckpointError(f"{path} has another network ({listed}); match --preset")
+    model.network.load_state_dict(weights)
+
+
+def from_public(path: Path) -> FlowSeg:
+    """What `import_pixnerd` makes of a file; kept beside it as .safetensors, which is read the next time."""
+    copy = path.with_suffix(".safetensors")
+    there = [file for file in (path, copy) if file.exists()]
+    if copy == max(there, key=lambda file: file.stat().st_mtime, default=path):
+        return FlowSeg.load(copy)
+    model = import_pixnerd(path)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that train together, one writes
+        with suppress(CheckpointError):  # where it cannot write it goes on without
+            if copy.exists():
+                FlowSeg.load(copy)  # fails if the file is not one of ours, which then stays
+            model.save(copy, source=path.name)
+    return model
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -55,8 +55,9 @@ class Config:
             raise ValueError(f"num_classes is {self.num_classes}, dims {self.dims}; expected >= 2, 3-255")
         if self.encoding == "coded" and self.dims > 19:  # 2^(dims - 3) words are tried
             raise ValueError(f"dims is {self.dims}; expected 3-19 with encoding coded")
-        if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
+        halves = self.patch_size > 1 and self.patch_size & (self.patch_size - 1) == 0  # down to one pixel
+        if self.patch_size < 1 or (self.conv_width and not halves):
+            raise ValueError(f"patch_size is {self.patch_size}; expected a power of two (with conv_width)")
         if self.eps <= 0 or self.tau <= 0:
             raise ValueError(f"eps is {self.eps}, tau {self.tau}; expected positive numbers")
         if self.hidden % (4 * self.heads):
@@ -252,8 +253,8 @@ class Network(nn.Module):
         with torch.autocast(t.device.type, enabled=False):
             return self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
-    def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
-        """x: (B, dims, H, W), t: (B,) -> (B, dims, H, W) float32."""
+    def forward(self, x: Tensor, t: Tensor, features: Features, depth: int = 0) -> tuple[Tensor, Tensor]:
+        """x: (B, dims, H, W), t: (B,) -> velocity (as x, float32), tokens (B, L, D) after `depth` blocks."""
         B, C, H, W = x.shape
         p = self.config.patch_size
         h, w = H // p, W // p
@@ -261,11 +262,12 @@ class Network(nn.Module):
         cells = patches(x, p)  # (B, L, C, P, P)
         time = self.time(t)[:, None]  # (B, 1, D)
 
-        tokens = self.patch_embed(cells.flatten(2)) + image_tokens  # (B, L, D)
+        tokens = seen = self.patch_embed(cells.flatten(2)) + image_tokens  # (B, L, D)
         condition = F.silu(time[:, 0] + self.no_class)
         cos, sin = rotary(h, w, self.config.hidden // self.config.heads, x.device)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, condition, cos, sin)
+            seen = tokens if i == depth else seen
 
         s = F.silu(time + tokens).flatten(0, 1)  # (B L, D)
         pixels = cells.flatten(0, 1).flatten(2).transpose(1, 2)  # (B L, P P, C)
@@ -275,7 +277,7 @@ class Network(nn.Module):
         chunk = chunk if x.device.type == "cpu" and not torch.compiler.is_compiling() else len(s)
         parts = zip(*(a.split(chunk) for a in (pixels, image_query, image_velocity, *weights)), strict=True)
         out = torch.cat([paint(*part) for part in parts]).float()  # (B L, P P, C)
-        return out.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+        return out.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W), seen
 
     def paint(self, x: Tensor, query: Tensor, velocity: Tensor, *weights: Tensor) -> Tensor:
         """The neural fields of n tokens: pixels x (n, P P, C) and the image's part -> (n, P P, C)."""

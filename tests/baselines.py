@@ -85,8 +85,8 @@ class UNetwork(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         return self.head(self.encoder(image)[0])
 
-    def forward(self, x: Tensor, t: Tensor, logits: Tensor) -> Tensor:
-        return logits - x
+    def forward(self, x: Tensor, t: Tensor, logits: Tensor) -> tuple[Tensor, None]:
+        return logits - x, None
 
 
 class UNet(CrossEntropy):

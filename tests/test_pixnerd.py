@@ -1,0 +1,284 @@
+"""Import of public PixNerd checkpoints: the golden one, random ones, damaged ones; what starts from them."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model import CheckpointError, FlowSeg, import_pixnerd, start_from, weights_hash
+from network import Config, Network
+from tests.reference import Reference
+from train import resolve
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = {"patch_size": 4, "hidden": 16, "depth": 2, "heads": 2, "field_depth": 2, "field_width": 8,
+         "field_ratio": 2}  # fmt: skip
+PUBLIC = (  # parts of our names, and of theirs
+    ("patch_embed", "s_embedder.proj"), ("time_mlp", "t_embedder.mlp"),
+    ("no_class", "y_embedder.embedding_table.weight"), ("pixel_embed", "x_embedder.embedder.0"),
+    ("head_norm", "final_layer.norm"), ("head.", "final_layer.linear."),
+    ("modulation", "adaLN_modulation.0"), ("generator", "param_generator1.0"),
+)  # fmt: skip
+
+
+def drawn(kind: type[Network], config: Config, seed: int = 0) -> Network:
+    """Every parameter random, the image path zero."""
+    generator = torch.Generator().manual_seed(seed)
+    network = kind(config)
+    for name, p in network.named_parameters():
+        p.data.normal_(
+            mean=float("norm" in name), std=0.2 * (not name.startswith("image_to")), generator=generator
+        )
+    return network
+
+
+def public(network: Network, num_classes: int = 3) -> dict[str, torch.Tensor]:
+    """The state of a public checkpoint whose EMA is this network; the raw weights and the rest are sevens."""
+    ema = {}
+    for name, value in network.state_dict().items():
+        if name.startswith("image_to"):
+            continue
+        if name == "no_class":
+            value = torch.cat([torch.full((num_classes, len(value)), 7.0), value[None]])
+        for i in range(network.config.field_depth):
+            name = name.replace(f"field.{i}.", f"blocks.{network.config.depth + i}.")
+        for ours, theirs in PUBLIC:
+            name = name.replace(ours, theirs)
+        ema[name] = value
+    state = {"diffusion_trainer.proj.0.0.weight": torch.full((4, 4), 7.0)}
+    state |= {f"denoiser.{name}": torch.full_like(value, 7) for name, value in ema.items()}
+    return state | {f"ema_denoiser.{name}": value.clone() for name, value in ema.items()}
+
+
+def write(path: Path, state: dict, **more) -> Path:
+    torch.save({"state_dict": state, "epoch": 1, "pytorch-lightning_version": "2.5", **more}, path)
+    return path
+
+
+def config_of(num_classes: int = 2, **changes) -> Config:
+    return Config(num_classes, **{"dims": 3, "conv_width": 0} | SMALL | changes)
+
+
+@pytest.mark.parametrize("case", ["0", "1"])
+def test_the_golden_network_is_the_public_one(case):
+    model = import_pixnerd(GOLDEN / "pixnerd_tiny.ckpt")
+    io = load_file(GOLDEN / "pixnerd_tiny_io.safetensors")
+    x, t = io[f"{case}.x"], io[f"{case}.t"]
+    with torch.no_grad():
+        out, tokens = model.network(x, t, model.network.encode(x), depth=2)
+        assert torch.equal(model.velocity(x, t, torch.zeros_like(x)), out)  # blind to the image
+    assert torch.allclose(out, io[f"{case}.out"], atol=1e-5)
+    assert torch.allclose(tokens, io[f"{case}.block2"], atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_network_in_the_public_format_is_the_plain_one(seed, tmp_path):
+    rng = random.Random(seed)
+    heads = rng.choice([1, 2, 3, 4])
+    torch.manual_seed(seed)
+    config = config_of(
+        patch_size=rng.choice([1, 2, 3, 4, 6, 8, 16]), heads=heads, hidden=heads * rng.choice([4, 8, 12]),
+        depth=rng.choice([1, 2, 3]), field_depth=rng.choice([1, 2, 11]), field_width=rng.choice([6, 8, 12]),
+        field_ratio=rng.choice([1, 2, 3, 4]),
+    )  # fmt: skip
+    plain = drawn(Reference, config, seed)
+    model = import_pixnerd(write(tmp_path / "x.ckpt", public(plain, rng.choice([0, 1, 10]))))
+    assert model.config == config
+    x = torch.randn(2, 3, config.patch_size * rng.randint(1, 5), config.patch_size * rng.randint(2, 6))
+    t = torch.rand(2)
+    with torch.no_grad():
+        ours = model.network(x, t, model.network.encode(x), config.depth)
+        theirs = plain(x, t, plain.encode(x), config.depth)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max().clamp_min(1)
+
+
+def test_half_precision_is_read_as_float32(tmp_path):
+    state = {name: value.bfloat16() for name, value in public(drawn(Network, config_of())).items()}
+    model = import_pixnerd(write(tmp_path / "x.ckpt", state))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# ---------------------------------------------------------------- files that are refused
+
+
+def without(key):
+    return lambda state: state.pop(f"ema_denoiser.{key}")
+
+
+def changed(key, change):
+    return lambda state: state.update({f"ema_denoiser.{key}": change(state[f"ema_denoiser.{key}"])})
+
+
+def with_nan(value):
+    value.view(-1)[0] = float("nan")
+    return value
+
+
+TINY = public(drawn(Network, config_of()))
+KEYS = [key.removeprefix("ema_denoiser.") for key in TINY if key.startswith("ema_denoiser.")]
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if "blocks.1" not in key and "blocks.3" not in key])
+@pytest.mark.parametrize(("damage", "message"), [
+    (without, "{} is missing"), (lambda key: changed(key, with_nan), "{} is not finite"),
+    (lambda key: changed(key, lambda v: torch.full_like(v, torch.inf)), "{} is not finite"),
+    (lambda key: changed(key, lambda v: torch.cat([v, v])[:-1]), "{} is \\("),
+    (lambda key: changed(key, lambda v: v[..., None]), "{} is \\("),
+    (lambda key: changed(key, lambda v: "text"), "{} is str"),
+    (lambda key: changed(key, lambda v: v.int()), "{} is not finite"),
+], ids=["missing", "nan", "inf", "longer", "deeper", "text", "int"])  # fmt: skip
+def test_every_damaged_tensor_is_named(key, damage, message, tmp_path):
+    if "embedding_table" in key and "longer" in os.environ["PYTEST_CURRENT_TEST"]:
+        pytest.skip("any number of classes will do")
+    state = {name: value.clone() for name, value in TINY.items()}
+    damage(key)(state)
+    with pytest.raises(CheckpointError, match=message.format(key.replace(".", "\\."))) as caught:
+        import_pixnerd(write(tmp_path / "x.ckpt", state))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_keys_are_named_and_the_rest_counted(tmp_path):
+    state = TINY | {"ema_denoiser.blocks.0.extra": torch.zeros(1), "vae.scale": torch.zeros(1)}
+    with pytest.raises(
+        CheckpointError, match=r"2 faults: .*blocks\.0\.extra is unknown; vae\.scale is unknown\)$"
+    ):
+        import_pixnerd(write(tmp_path / "x.ckpt", state))
+    for key in KEYS[:4]:
+        state.pop(f"ema_denoiser.{key}")
+    with pytest.raises(CheckpointError, match=r"6 faults: (\S+ is missing; ){3}\.\.\)$"):
+        import_pixnerd(write(tmp_path / "x.ckpt", state))
+
+
+def test_files_that_are_no_checkpoint_leave_nothing_behind(tmp_path):
+    path, model = tmp_path / "x.ckpt", FlowSeg(config_of(5))
+    whole = write(path, TINY).read_bytes()
+    for content in (None, b"", b"hello, world", whole[: len(whole) // 2], whole[:-1]):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"x\.ckpt cannot be read as a PixNerd checkpoint \("):
+            start_from(model, path)
+    for content in ({"state_dict": torch.nn.Linear(2, 2)}, {"state_dict": {}}, {"model": TINY}, [1], TINY):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError) as caught:
+            start_from(model, str(path))
+        assert caught.value.exit_code == 5 and "\n" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+# ---------------------------------------------------------------- starting from one
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"dims": 16}, {"conv_width": 8}, {"dims": 19, "conv_width": 8}], ids=str
+)
+def test_a_model_of_more_channels_and_with_an_encoder_starts_as_the_public_network(changes, tmp_path):
+    plain = drawn(Reference, config_of())
+    path = write(tmp_path / "x.ckpt", public(plain))
+    torch.manual_seed(1)
+    model = FlowSeg(config_of(5, **changes))
+    encoder = {name: p.clone() for name, p in model.network.named_parameters() if name.startswith("encoder")}
+    for _ in range(2):  # from the checkpoint, from the copy beside it
+        start_from(model, path)
+        x, t, image = torch.randn(2, model.config.dims, 12, 20), torch.rand(2), torch.rand(2, 3, 12, 20)
+        with torch.no_grad():
+            v, expected = model.velocity(x, t, image), plain(x[:, :3], t, plain.encode(x[:, :3]))[0]
+        assert torch.allclose(v[:, :3], expected, rtol=1e-5, atol=1e-5)
+        assert not v[:, 3:].any()
+    assert all(torch.equal(model.network.get_parameter(name), value) for name, value in encoder.items())
+    model.loss(image, torch.zeros(2, 12, 20, dtype=torch.long))[0].backward()
+    for name in ("image_to_token", "image_to_pixel", "image_to_velocity", "head"):  # nothing stays dead
+        assert model.network.get_submodule(name).weight.grad.abs().sum(-1).all() or name == "image_to_token"
+    assert model.network.image_to_token.weight.grad.any()
+
+
+def test_the_copy_is_written_once_and_used_while_it_is_newer(tmp_path):
+    path, copy = tmp_path / "x.ckpt", tmp_path / "x.safetensors"
+    write(path, TINY)
+    model = FlowSeg(config_of(5))
+    start_from(model, path)
+    first = weights_hash(model.network)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.ckpt", "x.safetensors"]
+    assert weights_hash(FlowSeg.load(copy).network) == weights_hash(import_pixnerd(path).network) == first
+
+    path.write_bytes(b"not read")
+    os.utime(path, (1, 1))
+    start_from(model, path)
+    path.unlink()
+    start_from(model, path)
+    assert weights_hash(model.network) == first
+
+    write(path, public(drawn(Network, config_of(), seed=1)))
+    os.utime(copy, (1, 1))
+    start_from(model, path)
+    assert weights_hash(model.network) == weights_hash(FlowSeg.load(copy).network) != first
+
+
+def test_a_stranger_s_file_of_that_name_and_a_closed_folder_are_left_alone(tmp_path, monkeypatch):
+    path, copy = tmp_path / "x.ckpt", tmp_path / "x.safetensors"
+    copy.write_bytes(b"of somebody else")
+    os.utime(copy, (1, 1))
+    model = FlowSeg(config_of(5))
+    start_from(model, write(path, TINY))
+    assert copy.read_bytes() == b"of somebody else"
+    assert torch.equal(model.network.no_class, TINY["ema_denoiser.y_embedder.embedding_table.weight"][-1])
+
+    copy.unlink()
+    monkeypatch.setenv("RANK", "1")  # of processes that train together the first one writes
+    start_from(model, path)
+    monkeypatch.delenv("RANK")
+
+    def closed(*args):
+        raise PermissionError("no")
+
+    monkeypatch.setattr("model.save_file", closed)
+    start_from(model, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden": 32}, {"depth": 1}, {"patch_size": 8}, {"heads": 1}, {"field_ratio": 1}, {"field_width": 16},
+    {"field_depth": 1},
+], ids=str)  # fmt: skip
+def test_another_preset_is_one_line_that_names_the_first_mismatch(changes, tmp_path):
+    path = write(tmp_path / "x.ckpt", TINY)
+    with pytest.raises(CheckpointError, match=r"x\.ckpt has another network \(.*match --preset") as caught:
+        start_from(FlowSeg(config_of(5, dims=16, conv_width=8, **changes)), path)
+    assert "\n" not in str(caught.value)
+
+
+def test_fewer_channels_and_trained_networks_need_an_equal_one(tmp_path):
+    torch.manual_seed(0)
+    FlowSeg(config_of(5, dims=8)).save(tmp_path / "wide.safetensors")
+    FlowSeg(config_of(5)).save(tmp_path / "seeing.safetensors")
+    start_from(FlowSeg(config_of(3)), tmp_path / "seeing.safetensors")
+    for name, dims in (("wide", 3), ("seeing", 8)):
+        with pytest.raises(CheckpointError, match="has another network"):
+            start_from(FlowSeg(config_of(5, dims=dims)), tmp_path / f"{name}.safetensors")
+
+
+# ---------------------------------------------------------------- the published sizes
+
+
+def test_xl_has_as_many_parameters_as_the_published_network():
+    """Counted from its description. Of its class table we need one row; what we add is the image path."""
+    D, P, Dx, r, depth, field = 1152, 16, 64, 2, 26, 4
+    inner = int(2 / 3 * 4 * D)
+    block = 2 * D + 3 * D * D + 2 * (D // 16) + D * D + D + 3 * D * inner + 6 * D * D + 6 * D
+    around = (3 * P * P + 1) * D + 257 * D + (D + 1) * D + (3 + 64 + 1) * Dx + Dx + (Dx + 1) * 3
+    published = depth * block + field * ((D + 1) * 2 * r * Dx * Dx + Dx) + around + 1001 * D
+    assert published == 700_589_219
+
+    def counted(*settings: str) -> tuple[int, int]:
+        with torch.device("meta"):
+            network = Network(resolve({"preset": "xl"}, list(settings))[1])
+        added = ("image_to", "encoder")
+        image = sum(p.numel() for name, p in network.named_parameters() if name.startswith(added))
+        return sum(p.numel() for p in network.parameters()) - image, image
+
+    assert counted("dims=3", "conv_width=0") == (published - 1000 * D, 884_937)
+    assert counted() == (703_272_752, 1_360_720)  # 16 channels of the state, the convolutional encoder
