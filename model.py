@@ -14,14 +14,12 @@ import hashlib
 import json
 import math
 import os
-import re
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mode
 
 import numpy as np
 import torch
@@ -32,29 +30,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from network import Config, Features, Network
+from network import CheckpointError, Config, Features, Network, faults, read_pixnerd, widened
 
 IGNORE = 255  # label of pixels that count neither in the loss nor in the metric
-
-
-class CheckpointError(Exception):
-    """A weights file that cannot be used; the message is one line and says what to do."""
-
-    exit_code = 5
-
-
 PRIMES = [n for n in range(2, 1614) if all(n % k for k in range(2, math.isqrt(n) + 1))]  # 255 of them
 
 
 def kronecker(num_classes: int, dims: int = 3) -> Tensor:
     """Centroids (N, dims) in [-1, 1]: c_k = k (sqrt 2, sqrt 3, sqrt 5, ..) mod 1, min-max normalised."""
-    return sequence(num_classes, torch.tensor(PRIMES[:dims], dtype=torch.float64).sqrt())
-
-
-def sequence(num_classes: int, alphas: Tensor) -> Tensor:
-    """(N, dims) in [-1, 1]: k alpha mod 1 for k = 1..N, min-max normalised over the N; alphas float64."""
+    alphas = torch.tensor(PRIMES[:dims], dtype=torch.float64).sqrt()
     c = torch.arange(1, num_classes + 1, dtype=torch.float64)[:, None] * alphas % 1
-    low, high = c.amin(0), c.amax(0)
+    low, high = c.aminmax(dim=0)
     return (2 * (c - low) / (high - low).clamp_min(1e-12) - 1).float()
 
 
@@ -85,9 +71,6 @@ def lexicode(num_words: int, length: int) -> Tensor:
     return 2 * words[chosen].float() / (levels - 1) - 1
 
 
-ENCODINGS = {"kronecker": kronecker, "coded": coded}
-
-
 def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """||x_m - mu_k||^2 for x (M, dims) -> (M, N), and the nearest class (M, 1). One fast product, but it
     cancels near a centroid, exactly where 1/(d + eps) matters: the least is taken again, by differences."""
@@ -98,26 +81,15 @@ def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return d.scatter_(1, nearest, (x - centroids[nearest[:, 0]]).square().sum(1, keepdim=True)), nearest
 
 
-def log_potential(d: Tensor, eps: float, transform: str) -> tuple[Tensor, Tensor]:
-    """T(d), the logit at squared distance d, and 1 / s, where s = -T'(d) > 0; d may be overwritten."""
-    if transform == "log":
-        return d.add_(eps).log().neg_(), d
-    if transform == "linear":
-        return -d, torch.ones_like(d)
-    if transform == "sqrt":
-        return -(d + eps).sqrt(), 2 * (d + eps).sqrt()
-    return 1 / (d + eps), (d + eps).square()  # inverse
-
-
 @torch.no_grad()
 def potential_gradient(
-    x: Tensor, labels: Tensor, centroids: Tensor, eps: float, tau: float = 1.0, transform: str = "log"
+    x: Tensor, labels: Tensor, centroids: Tensor, eps: float, tau: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Phi = -log softmax_k(T(d_k) / tau)[y] and its gradient in x, in closed form.
+    """Phi = -log p_y and its gradient in x, where p = softmax_k(-log(d_k + eps) / tau), d_k = |x - mu_k|^2.
 
     x: (M, dims), labels: (M,) int64 in [0, N) -> phi (M,), grad (M, dims); float32, or float64 if x is.
-    With s_k = -T'(d_k):  grad Phi = (2 / tau) sum_k ([k = y] - p_k) s_k (x - mu_k): the label attracts, the
-    other classes repel. Worked off in chunks of pixels, so the extra memory does not grow with the image.
+    grad Phi = (2 / tau) sum_k ([k = y] - p_k) (x - mu_k) / (d_k + eps): the label attracts, the other classes
+    repel. Worked off in chunks of pixels, so the extra memory does not grow with the image.
     """
     x = x if x.dtype == torch.float64 else x.float()
     centroids = centroids.to(x)
@@ -126,32 +98,32 @@ def potential_gradient(
     for i in range(0, len(x), chunk):
         x_i, y_i = x[i : i + chunk], labels[i : i + chunk, None]
         d, nearest = squared_distances(x_i, centroids)
-        logits, inv_slope = log_potential(d, eps, transform)
+        logits = d.add_(eps).log().neg_()  # d is d + eps from here on
         logits.sub_(logits.gather(1, nearest)).div_(tau)
         log_own = logits.gather(1, y_i)
         p = logits.clamp_min_(-60).softmax(1)  # lower, products with denormal numbers would take all the time
         phi[i : i + chunk] = -(log_own + p.gather(1, nearest).log())[:, 0]
-        own = (1 - p.gather(1, y_i)) / inv_slope.gather(1, y_i)  # taken first: it cancels most
-        weight = p.div_(inv_slope).scatter_(1, y_i, 0)  # p_k s_k of the other classes
+        own = (1 - p.gather(1, y_i)) / d.gather(1, y_i)  # taken first: it cancels most
+        weight = p.div_(d).scatter_(1, y_i, 0)  # p_k / (d_k + eps) of the other classes
         repel = weight.sum(1, keepdim=True) * x_i - weight @ centroids
         grad[i : i + chunk] = (2 / tau) * (own * (x_i - centroids[y_i[:, 0]]) - repel)
     return phi, grad
 
 
 FORMAT = "flowseg-1"
-PIXNERD = tomllib.loads((Path(__file__).parent / "flowseg_data" / "pixnerd.toml").read_text())
 Generator = torch.Generator | list[torch.Generator] | None  # of a batch, or one an image
 
 
 class FlowSeg(nn.Module):
     """The network with its centroids: training loss, sampler, decoding and file format."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, network: nn.Module | None = None):
         super().__init__()
         self.config = config
-        self.network = Network(config)
-        centroids = ENCODINGS[config.encoding](config.num_classes, config.dims)
-        self.register_buffer("centroids", centroids, persistent=False)  # (N, dims)
+        self.network = network or Network(config)
+        encode = {"kronecker": kronecker, "coded": coded}[config.encoding]
+        mu = encode(config.num_classes, config.dims)
+        self.register_buffer("centroids", mu, persistent=False)  # (N, dims)
         self.metadata: dict = {}  # what the file says besides the weights: class names, step, mIoU, ...
 
     def velocity(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
@@ -166,15 +138,19 @@ class FlowSeg(nn.Module):
         return self._velocity(x, t, self.network.encode(image))
 
     def _velocity(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
-        out, _ = self.network(x, t, features)
-        return out if self.config.prediction == "v" else (out - x) / time_left(t)
+        return self.network(x, t, features)[0]
 
-    def source(self, image: Tensor, generator: Generator = None) -> Tensor:
-        """x0 (B, dims, H, W): the image and zeros, or noise."""
-        B, C, H, W = image.shape
-        if self.config.source == "noise":
-            return draw(torch.randn, (B, self.config.dims, H, W), generator).to(image)
-        return F.pad(image, (0, 0, 0, 0, 0, self.config.dims - C))
+    def source(self, image: Tensor) -> Tensor:
+        """x0 (B, dims, H, W): the image and zeros."""
+        return F.pad(image, (0, 0, 0, 0, 0, self.config.dims - image.shape[1]))
+
+    def potential(self, x1_hat: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Phi (B, 1, H, W) and its gradient (B, dims, H, W) at the estimate; ignored pixels as class 0."""
+        y, c = labels.where(labels != IGNORE, 0).flatten(), self.config
+        with torch.autocast(x1_hat.device.type, enabled=False):  # it would make the repulsion bfloat16
+            pixels = x1_hat.movedim(1, -1).flatten(0, 2)  # (B H W, dims)
+            phi, grad = potential_gradient(pixels, y, self.centroids, c.eps, c.tau)
+        return phi.view_as(labels)[:, None], grad.view(*labels.shape, -1).movedim(-1, 1)
 
     def loss(
         self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
@@ -198,7 +174,7 @@ class FlowSeg(nn.Module):
         self._check(image, labels)
         t = draw(torch.rand, (len(image),), generator).to(image)
         count = ((labels != IGNORE).sum() if count is None else count).clamp_min(1)
-        x0, features = self.source(image, generator), self.network.encode(image)
+        x0, features = self.source(image), self.network.encode(image)
         loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
         x_t = x0.lerp(x1_hat, 1 - time_left(t))
         later, stats_later, _ = self._loss_at(x_t, t, features, labels, count)
@@ -208,22 +184,15 @@ class FlowSeg(nn.Module):
         self, x_t: Tensor, t: Tensor, features: Features, labels: Tensor, count: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Loss and diagnostics at one state, and the detached estimate x1_hat (B, dims, H, W)."""
-        c, left = self.config, time_left(t)
-        B, _, H, W = x_t.shape
         valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
-        x1_hat = x_t + left * self._velocity(x_t, t, features)
-        pixels, y = x1_hat.detach().movedim(1, -1).flatten(0, 2), labels.where(labels != IGNORE, 0).flatten()
-        with torch.autocast(pixels.device.type, enabled=False):  # it would make the repulsion bfloat16
-            phi, grad = potential_gradient(pixels, y, self.centroids, c.eps, c.tau, c.transform)
-        phi, grad = phi.view(B, 1, H, W), grad.view(B, H, W, -1).movedim(-1, 1)  # grad: (B, dims, H, W)
-
-        residual = error = x1_hat - self.paint(labels)  # (1 - t) (v - v_gt)
-        if c.objective == "reshaped":
-            residual = error + (left * grad if c.annealed else grad)
+        x1_hat = x_t + time_left(t) * self._velocity(x_t, t, features)
+        error = x1_hat - self.paint(labels)  # (1 - t) (v - v_gt)
+        phi, grad = self.potential(x1_hat.detach(), labels)
+        residual = error + grad if self.config.objective == "reshaped" else error
         fm, slope = error.detach().square().mean(1, True), grad.norm(dim=1, keepdim=True)
         stats = {"fm": fm, "phi": phi, "grad": slope}
         stats = {name: (value * valid).sum() / count for name, value in stats.items()}
-        return (residual.square() * valid).sum() / (count * c.dims), stats, x1_hat.detach()
+        return (residual.square() * valid).sum() / (count * self.config.dims), stats, x1_hat.detach()
 
     def paint(self, labels: Tensor) -> Tensor:
         """x1 = mu[y] (B, dims, H, W); ignored pixels are painted as class 0 and must be masked."""
@@ -246,9 +215,8 @@ class FlowSeg(nn.Module):
         p = self.config.patch_size
         image = F.pad(image, (0, -W % p, 0, -H % p), mode="replicate")
         if velocity is None:
-            features = self.network.encode(image)
-            velocity = lambda x, t: self._velocity(x, t, features)  # noqa: E731
-        x = self.source(image, [torch.Generator().manual_seed(0) for _ in image])
+            velocity = partial(self._velocity, features=self.network.encode(image))
+        x = self.source(image)
         yield x[..., :H, :W]
         for i in range(steps):
             x = x + velocity(x, torch.full((len(x),), i / steps, device=x.device)) / steps
@@ -265,15 +233,14 @@ class FlowSeg(nn.Module):
 
     @torch.no_grad()
     def soft_assignment(self, x: Tensor, total: Tensor | None = None) -> Tensor:
-        """p_k (B, N, H, W) float32 of states x (B, dims, H, W): softmax over T(d_k) / tau, row by row, which
-        is added to `total` if that is given: several views then need no second copy."""
+        """p_k (B, N, H, W) float32 of states x (B, dims, H, W): softmax of -log(d_k + eps) / tau, row by row,
+        which is added to `total` if that is given: several views then need no second copy."""
         c = self.config
         p = torch.zeros(len(x), c.num_classes, *x.shape[2:]).to(x.device) if total is None else total
-        for row in range(x.shape[2]):
-            pixels = x[:, :, row].movedim(1, -1).flatten(0, 1).float()  # (B W, dims)
-            d, _ = squared_distances(pixels, self.centroids)  # (B W, N)
-            logits = log_potential(d, c.eps, c.transform)[0] / c.tau
-            p[:, :, row] += logits.softmax(1).unflatten(0, (len(x), -1)).movedim(-1, 1)
+        for states, probabilities in zip(x.unbind(2), p.unbind(2), strict=True):  # of a row
+            d, _ = squared_distances(states.mT.flatten(0, 1).float(), self.centroids)  # (B W, N)
+            logits = (d + c.eps).log() / -c.tau
+            probabilities += logits.softmax(1).unflatten(0, (len(x), -1)).mT
         return p
 
     @torch.no_grad()
@@ -302,10 +269,10 @@ class FlowSeg(nn.Module):
             raise ValueError(f"image is {given}; expected (B, 3, H, W) float in [-1, 1]")
         if labels is None:
             return
-        n, expected = self.config.num_classes, (len(image), *image.shape[2:])
-        if labels.shape != expected or labels.dtype != torch.int64:
-            given = f"{tuple(labels.shape)} {labels.dtype}"
-            raise ValueError(f"labels are {given}; expected {expected} torch.int64")
+        given, expected = (tuple(labels.shape), labels.dtype), ((len(image), *image.shape[2:]), torch.int64)
+        if given != expected:
+            raise ValueError("labels are {} {}; expected {} {}".format(*given, *expected))
+        n = self.config.num_classes
         if labels.device.type == "cpu" and (highest := labels.where(labels != IGNORE, 0).max()) >= n:
             raise ValueError(f"labels run to {highest}; expected 0..{n - 1} or {IGNORE}")  # elsewhere: a wait
 
@@ -374,94 +341,15 @@ def import_pixnerd(path: str | Path) -> FlowSeg:
 
     Every key, shape and value is checked. The weights stay in the file, uncopied, until they are used.
     """
-    try:
-        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
-        skipped = "denoiser.", "diffusion_trainer."  # the weights that the EMA follows, and what trained them
-        found = {key: value for key, value in state.items() if not key.startswith(skipped)}
-        config, num_rows = pixnerd_config({k: v.shape for k, v in found.items() if torch.is_tensor(v)})
-    except Exception as error:  # foreign bytes make torch.load raise anything at all
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as a PixNerd checkpoint ({reason})") from error
-    with torch.device("meta"):  # shapes without values
-        model = FlowSeg(config)
-    ours = model.network.state_dict()
-    names = {name: pixnerd_name(name, config.depth) for name in ours if not name.startswith("image_to")}
-    shapes = {key: tuple(ours[name].shape) for name, key in names.items()}
-    if listed := faults(found, shapes | {names["no_class"]: (num_rows, config.hidden)}):
-        raise CheckpointError(f"{path} is a damaged PixNerd checkpoint or none ({listed})")
-
-    weights = {k: found[names[k]].float() if k in names else torch.zeros(v.shape) for k, v in ours.items()}
-    weights["no_class"] = weights["no_class"][-1].clone()
-    model.network.load_state_dict(weights, assign=True)
-    model.centroids = ENCODINGS[config.encoding](config.num_classes, config.dims)
-    return model.eval()
-
-
-def pixnerd_config(shapes: dict[str, torch.Size]) -> tuple[Config, int]:
-    """The configuration that a checkpoint's shapes tell, and the number of rows of its class table.
-
-    What most of them say counts, so that a single missing or wrong tensor is found to be just that.
-    """
-
-    def size(name: str, axis: int = 0) -> int:
-        return mode([s[axis] for key, s in shapes.items() if re.search(name, key) and len(s) > axis] or [4])
-
-    def blocks(part: str) -> int:
-        return len({key.split(".")[2] for key in shapes if re.search(rf"blocks\.\d+\.{part}", key)})
-
-    hidden, width = size(r"(qkv|w1|w3)\.weight", 1), size(r"x_embedder|final_layer\.norm")
-    return Config(
-        num_classes=2, dims=3, conv_width=0, patch_size=math.isqrt(size(r"s_embedder\.proj\.weight", 1) // 3),
-        hidden=hidden, depth=blocks("attn"), heads=hidden // size("[qk]_norm"), field_width=width,
-        field_depth=blocks("param_generator"), field_ratio=size("param_generator") // (2 * width**2),
-    ), size("embedding_table")  # fmt: skip
-
-
-def pixnerd_name(name: str, depth: int) -> str:
-    """What a public checkpoint with `depth` transformer blocks calls a parameter of ours."""
-    parts = name.split(".")
-    if parts[0] == "field":
-        parts[:2] = "blocks", str(depth + int(parts[1]))
-    return ".".join(["ema_denoiser", *(PIXNERD.get(part, part) for part in parts)])
-
-
-def faults(found: dict[str, object], shapes: dict[str, tuple]) -> str:
-    """How many tensors are missing, unknown, of another shape or not finite, and the first; or nothing."""
-    names = []
-    for key in shapes | found:
-        value, shape = found.get(key), shapes.get(key)
-        given = tuple(value.shape) if torch.is_tensor(value) else type(value).__name__
-        if key not in found:
-            names.append(f"{key} is missing")
-        elif key not in shapes:
-            names.append(f"{key} is unknown")
-        elif given != shape:
-            names.append(f"{key} is {given}, expected {shape}")
-        elif not value.is_floating_point() or not torch.stack(value.aminmax()).isfinite().all():
-            names.append(f"{key} is not finite")
-    return f"{len(names)} faults: " + "; ".join(names[:3] + [".."] * (len(names) > 3)) if names else ""
+    network = read_pixnerd(path)
+    return FlowSeg(network.config, network).eval()
 
 
 def start_from(model: FlowSeg, path: str | Path) -> None:
-    """Copy the network weights of a checkpoint, ours or a public PixNerd's; the classes may be others.
-
-    A network that is blind to the image also starts one with more state channels, or with an encoder of the
-    image: whatever is new gets weight zero, so that the velocity stays the same.
-    """
+    """Copy the network weights of a checkpoint, ours or a public PixNerd's; the classes may be others."""
     path = Path(path)
     source = FlowSeg.load(path) if path.suffix == ".safetensors" else from_public(path)
-    weights, own = source.network.state_dict(), model.network.state_dict()
-    if not any(value.any() for name, value in weights.items() if name.startswith("image_to")):
-        new = max(0, model.config.dims - source.config.dims)
-        state, dct = weights["pixel_embed.weight"].split([source.config.dims, 64], dim=1)
-        weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, new)), dct], dim=1)
-        weights["patch_embed.weight"] = F.pad(
-            weights["patch_embed.weight"], (0, new * model.config.patch_size**2)
-        )
-        weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, new))
-        weights["head.bias"] = F.pad(weights["head.bias"], (0, new))
-        weights |= {k: torch.zeros_like(v) for k, v in own.items() if k.startswith("image_to")}
-        weights |= {k: v for k, v in own.items() if k.startswith("encoder")}
+    weights, own = widened(source.network, model.network), model.network.state_dict()
     if listed := faults(weights, {name: tuple(value.shape) for name, value in own.items()}):
         raise CheckpointError(f"{path} has another network ({listed}); match --preset")
     model.network.load_state_dict(weights)
@@ -470,8 +358,7 @@ def start_from(model: FlowSeg, path: str | Path) -> None:
 def from_public(path: Path) -> FlowSeg:
     """What `import_pixnerd` makes of a file; kept beside it as .safetensors, which is read the next time."""
     copy = path.with_suffix(".safetensors")
-    there = [file for file in (path, copy) if file.exists()]
-    if copy == max(there, key=lambda file: file.stat().st_mtime, default=path):
+    if copy.exists() and not (path.exists() and path.stat().st_mtime >= copy.stat().st_mtime):
         return FlowSeg.load(copy)
     model = import_pixnerd(path)
     if os.environ.get("RANK", "0") == "0":  # of the processes that train together, one writes
@@ -494,8 +381,7 @@ def to_input(photo: Image.Image, size: int) -> Tensor:
     """PIL image -> (1, 3, h, w) in [-1, 1], short side `size`, long side at most 4 times that."""
     scale = min(size / min(photo.size), 4 * size / max(photo.size))
     width, height = (max(1, round(side * scale)) for side in photo.size)
-    if (width, height) != photo.size:
-        photo = photo.resize((width, height), Image.Resampling.BILINEAR)
+    photo = photo.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
 
 

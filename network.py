@@ -8,17 +8,26 @@ Shapes: B images, L = H/P W/P tokens of width D, P P pixels a token, width Dx in
 """
 
 import math
+import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal, get_args, get_type_hints
+from pathlib import Path
+from statistics import mode
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+
+class CheckpointError(Exception):
+    """A weights file that cannot be used; the message is one line and says what to do."""
+
+    exit_code = 5
 
 
 @dataclass(frozen=True)
@@ -37,42 +46,35 @@ class Config:
     conv_width: int = 32  # channels of the convolutional image encoder; 0: the image enters as raw pixels
     # Flow: the defaults are the method, the other values its ablations
     dims: int = 16  # channels of the state = dimension of the centroids
-    encoding: Literal["kronecker", "coded"] = "kronecker"  # see train.resolve
-    source: Literal["image", "noise"] = "image"
-    prediction: Literal["v", "x"] = "v"  # what the network outputs: v, or x1_hat
-    objective: Literal["reshaped", "vanilla"] = "reshaped"
-    transform: Literal["log", "linear", "sqrt", "inverse"] = "log"  # T(d)
-    annealed: bool = False  # correction scaled by 1 - t
+    encoding: str = "kronecker"  # | coded: see train.resolve
+    objective: str = "reshaped"  # | vanilla: without the potential's gradient
     eps: float = 1e-2
     tau: float = 0.1
     steps: int = 4  # Euler steps when the caller gives none
 
     def __post_init__(self):
-        for name, kind in get_type_hints(type(self)).items():
-            if get_args(kind) and getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(get_args(kind))}")
-        if self.num_classes < 2 or not 3 <= self.dims <= 255:
-            raise ValueError(f"num_classes is {self.num_classes}, dims {self.dims}; expected >= 2, 3-255")
-        if self.encoding == "coded" and self.dims > 19:  # 2^(dims - 3) words are tried
-            raise ValueError(f"dims is {self.dims}; expected 3-19 with encoding coded")
+        most = 19 if self.encoding == "coded" else 255  # 2^(dims - 3) words are tried
         halves = self.patch_size > 1 and self.patch_size & (self.patch_size - 1) == 0  # down to one pixel
-        if self.patch_size < 1 or (self.conv_width and not halves):
-            raise ValueError(f"patch_size is {self.patch_size}; expected a power of two (with conv_width)")
-        if self.eps <= 0 or self.tau <= 0:
-            raise ValueError(f"eps is {self.eps}, tau {self.tau}; expected positive numbers")
-        if self.hidden % (4 * self.heads):
-            raise ValueError(f"hidden is {self.hidden}; expected a multiple of 4 x {self.heads} heads")
+        rules = {
+            "num_classes": (self.num_classes >= 2, "at least 2"),
+            "patch_size": (self.patch_size > 0 and (halves or not self.conv_width), "a power of two"),
+            "hidden": (self.hidden % (4 * self.heads) == 0, f"a multiple of 4 x {self.heads} heads"),
+            "encoding": (self.encoding in ("kronecker", "coded"), "kronecker or coded"),
+            "dims": (3 <= self.dims <= most, f"3-{most} with encoding {self.encoding}"),
+            "objective": (self.objective in ("reshaped", "vanilla"), "reshaped or vanilla"),
+            "eps": (self.eps > 0, "a positive number"),
+            "tau": (self.tau > 0, "a positive number"),
+        }
+        for name, (holds, expected) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32."""
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, 1e-6).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)
 
 
 def rotary(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -95,8 +97,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(hidden, 3 * hidden, bias=False)
-        self.q_norm = RMSNorm(hidden // heads)
-        self.k_norm = RMSNorm(hidden // heads)
+        self.q_norm = RMSNorm(hidden // heads, eps=1e-6)
+        self.k_norm = RMSNorm(hidden // heads, eps=1e-6)
         self.proj = nn.Linear(hidden, hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,9 +124,9 @@ class Block(nn.Module):
 
     def __init__(self, hidden: int, heads: int):
         super().__init__()
-        self.norm1 = RMSNorm(hidden)
+        self.norm1 = RMSNorm(hidden, eps=1e-6)
         self.attn = Attention(hidden, heads)
-        self.norm2 = RMSNorm(hidden)
+        self.norm2 = RMSNorm(hidden, eps=1e-6)
         self.mlp = SwiGLU(hidden)
         self.modulation = nn.Linear(hidden, 6 * hidden)
 
@@ -139,14 +141,13 @@ class FieldBlock(nn.Module):
 
     def __init__(self, hidden: int, width: int, ratio: int):
         super().__init__()
-        self.width, self.inner = width, ratio * width
-        self.norm = RMSNorm(width)
-        self.generator = nn.Linear(hidden, 2 * self.width * self.inner)
+        self.norm = RMSNorm(width, eps=1e-6)
+        self.generator = nn.Linear(hidden, 2 * width * ratio * width)
 
     def forward(self, q: Tensor, weights: Tensor) -> Tensor:
         w1, w2 = weights.chunk(2, dim=-1)  # (n, Dx r Dx), which the generator made of n tokens
-        w1 = F.normalize(w1.unflatten(-1, (self.width, self.inner)), dim=-2)  # unit norm along the input
-        w2 = F.normalize(w2.unflatten(-1, (self.inner, self.width)), dim=-2)
+        w1 = F.normalize(w1.unflatten(-1, (q.shape[-1], -1)), dim=-2)  # unit norm along the input
+        w2 = F.normalize(w2.unflatten(-1, (-1, q.shape[-1])), dim=-2)
         return q + F.silu(self.norm(q) @ w1) @ w2  # (n, P P, Dx)
 
 
@@ -215,7 +216,7 @@ class Network(nn.Module):
         self.pixel_embed = nn.Linear(c.dims + 64, c.field_width)  # [x_t(i, j), DCT(i, j)]
         field = c.hidden, c.field_width, c.field_ratio
         self.field = nn.ModuleList(FieldBlock(*field) for _ in range(c.field_depth))
-        self.head_norm = RMSNorm(c.field_width)
+        self.head_norm = RMSNorm(c.field_width, eps=1e-6)
         self.head = nn.Linear(c.field_width, c.dims)
 
         widths = [c.conv_width * min(2**i, 4) for i in range(int(math.log2(p)))]  # strides 2, 4, .., P
@@ -285,3 +286,85 @@ class Network(nn.Module):
         for block, generated in zip(self.field, weights, strict=True):
             q = block(q, generated)
         return self.head(self.head_norm(q)) + velocity
+
+
+PIXNERD = tomllib.loads((Path(__file__).parent / "flowseg_data" / "pixnerd.toml").read_text())
+
+
+def read_pixnerd(path: str | Path) -> Network:
+    """The EMA network of a public checkpoint. Its image path is zero; of the class table it has the last row,
+    "no class". CheckpointError: a key, a shape or a value is not what it should be. Nothing is copied: the
+    weights are views of the file.
+    """
+    try:
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
+        skipped = "denoiser.", "diffusion_trainer."  # the weights that the EMA follows, and what trained them
+        found = {key: value for key, value in state.items() if not key.startswith(skipped)}
+        config, num_rows = pixnerd_config({key: value.shape for key, value in found.items()})
+        with torch.device("meta"):  # shapes without values
+            network = Network(config)
+        ours = network.state_dict()
+        names = {name: pixnerd_name(name, config.depth) for name in ours if not name.startswith("image_to")}
+        shapes = {key: tuple(ours[name].shape) for name, key in names.items()}
+        listed = faults(found, shapes | {names["no_class"]: (num_rows, config.hidden)})
+    except Exception as error:  # foreign bytes make torch.load raise anything at all
+        listed = (str(error) or repr(error)).splitlines()[0]
+    if listed:
+        raise CheckpointError(f"{path} is a damaged PixNerd checkpoint or none ({listed})")
+    weights = {k: found[names[k]].float() if k in names else torch.zeros(v.shape) for k, v in ours.items()}
+    network.load_state_dict(weights | {"no_class": weights["no_class"][-1].clone()}, assign=True)
+    return network
+
+
+def pixnerd_name(name: str, depth: int) -> str:
+    """What a public checkpoint with `depth` transformer blocks calls a parameter of ours."""
+    name = re.sub(r"^field\.(\d+)", lambda match: f"blocks.{depth + int(match[1])}", name)
+    return ".".join(["ema_denoiser", *(PIXNERD.get(part, part) for part in name.split("."))])
+
+
+def pixnerd_config(shapes: dict[str, torch.Size]) -> tuple[Config, int]:
+    """The configuration that a public checkpoint's shapes tell, and the number of rows of its class table.
+
+    What most of them say counts, so that a single missing or wrong tensor is found to be just that.
+    """
+
+    def size(name: str, axis: int = 0) -> int:
+        return mode([s[axis] for key, s in shapes.items() if re.search(name, key) and len(s) > axis] or [4])
+
+    blocks = [*dict(re.findall(r"\bblocks\.(\d+)\.(attn|param_generator)", " ".join(shapes))).values()]
+    hidden, width = size(r"(qkv|w1|w3)\.weight", 1), size(r"x_embedder|final_layer\.norm")
+    return Config(
+        num_classes=2, dims=3, conv_width=0, patch_size=math.isqrt(size(r"s_embedder\.proj\.weight", 1) // 3),
+        hidden=hidden, depth=blocks.count("attn"), heads=hidden // size("[qk]_norm"), field_width=width,
+        field_depth=blocks.count("param_generator"), field_ratio=size("param_generator") // (2 * width**2),
+    ), size("embedding_table")  # fmt: skip
+
+
+def widened(source: Network, target: Network) -> dict[str, Tensor]:
+    """The weights of `source`, which fit `target` even if that has more state channels or an image encoder.
+
+    What is new gets weight zero, so the velocity stays the same; a source that sees the image is left as is.
+    """
+    weights, own = source.state_dict(), target.state_dict()
+    if any(value.any() for name, value in weights.items() if name.startswith("image_to")):
+        return weights
+    dims, area = source.config.dims, target.config.patch_size**2
+    more = max(0, target.config.dims - dims)
+    state, positions = weights["pixel_embed.weight"].split([dims, 64], dim=1)
+    weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, more)), positions], dim=1)
+    weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
+    weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, more))
+    weights["head.bias"] = F.pad(weights["head.bias"], (0, more))
+    weights |= {name: torch.zeros_like(value) for name, value in own.items() if name.startswith("image_to")}
+    return weights | {name: value for name, value in own.items() if name.startswith("encoder")}
+
+
+def faults(found: dict[str, Tensor], shapes: dict[str, tuple]) -> str:
+    """How many tensors are missing, unknown, of another shape or not finite, and the first; or nothing."""
+    given = {}
+    for key, value in found.items():
+        finite = torch.stack(value.aminmax()).isfinite().all()  # takes no memory, as isfinite alone would
+        given[key] = tuple(value.shape) if finite else "not finite"
+    wrong = [f"{key} is {given.get(key, 'missing')}, expected {shapes.get(key, 'nothing')}"
+             for key in shapes | given if given.get(key) != shapes.get(key)]  # fmt: skip
+    return f"{len(wrong)} faults: " + "; ".join(wrong[:3] + [".."] * (len(wrong) > 3)) if wrong else ""

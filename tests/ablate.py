@@ -26,15 +26,17 @@ from data import open_dataset
 from model import FlowSeg
 from picture import INK, PAPER
 from run import environment
-from tests.baselines import CrossEntropy, FirstStep, Golden, Leaky, UNet, Unmasked
+from tests import baselines
+from tests.baselines import CrossEntropy
 
-KINDS = {f"kind={kind.__name__}": kind for kind in (Leaky, FirstStep, Golden, Unmasked, CrossEntropy, UNet)}
+NAMES = ("Leaky", "FirstStep", "Annealed", "End", "Noise", "Linear", "Sqrt", "Inverse", "Golden", "Unmasked",
+         "CrossEntropy", "UNet")  # fmt: skip
+KINDS = {f"kind={name}": getattr(baselines, name) for name in NAMES}
 GRID = (226, 227, 229)
 LINES = ((31, 105, 183), (219, 96, 32), (30, 140, 95), (158, 68, 148), (190, 140, 0), (95, 100, 108))
 ROWS = [
     "default", "objective=vanilla", "kind=Leaky objective=vanilla",
-    "annealed=true", "prediction=x", "source=noise", "transform=linear", "transform=sqrt",
-    "transform=inverse", "eps=1e-4", "eps=1e-3", "eps=1e-1", "tau=0.3", "tau=1", "encoding=kronecker",
+    "eps=1e-4", "eps=1e-3", "eps=1e-1", "tau=0.3", "tau=1", "encoding=kronecker",
     "encoding=coded", "encoding=coded objective=vanilla", "dims=8", "dims=4", "dims=3",
     "dims=3 objective=vanilla", "dims=3 tau=1", "conv_width=0", *KINDS,
 ]  # fmt: skip

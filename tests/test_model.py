@@ -15,11 +15,20 @@ from model import (
     coded,
     kronecker,
     lexicode,
-    log_potential,
     potential_gradient,
 )
 from network import Config, Network
-from tests.baselines import FirstStep, Leaky, golden
+from tests.baselines import (
+    Annealed,
+    End,
+    FirstStep,
+    Inverse,
+    Leaky,
+    Linear,
+    Noise,
+    Sqrt,
+    golden,
+)
 from train import PRESETS, resolve
 
 SMALL = {
@@ -121,21 +130,17 @@ def test_painting_and_decoding_returns_the_labels(n, dims):
 # ---------------------------------------------------------------- potential
 
 
-@pytest.mark.parametrize("transform", ["log", "linear", "sqrt", "inverse"])
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 @pytest.mark.parametrize("dims", [3, 8])
-def test_potential_gradient_is_autograd_of_phi(transform, tau, dims):
+def test_potential_gradient_is_autograd_of_phi(tau, dims):
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(50, dims, generator=generator, dtype=torch.float64, requires_grad=True)
     y = torch.randint(0, 20, (50,), generator=generator)
     mu = kronecker(20, dims).double()
     d = (x[:, None] - mu).square().sum(-1)
-    logits = {
-        "log": -(d + 0.1).log(), "linear": -d, "sqrt": -(d + 0.1).sqrt(), "inverse": 1 / (d + 0.1)
-    }[transform]  # fmt: skip
-    expected = F.cross_entropy(logits / tau, y, reduction="none")
+    expected = F.cross_entropy(-(d + 0.1).log() / tau, y, reduction="none")
     expected.sum().backward()
-    phi, grad = potential_gradient(x.detach(), y, mu, 0.1, tau, transform)
+    phi, grad = potential_gradient(x.detach(), y, mu, 0.1, tau)
     assert torch.allclose(phi, expected, atol=1e-5)
     assert torch.allclose(grad, x.grad, atol=1e-5)
 
@@ -204,10 +209,9 @@ def test_velocity_at_any_multiple_of_the_patch(size):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"objective": "vanilla"}, {"annealed": True}, {"transform": "linear"}, {"transform": "sqrt"},
-    {"transform": "inverse"}, {"prediction": "x"}, {"source": "noise"}, {"dims": 8},
-    {"encoding": "coded", "dims": 8},
-    {"kind": Leaky}, {"kind": FirstStep}, {"conv_width": 0},
+    {}, {"objective": "vanilla"}, {"dims": 8}, {"encoding": "coded", "dims": 8}, {"conv_width": 0},
+    {"kind": Annealed}, {"kind": Linear}, {"kind": Sqrt}, {"kind": Inverse}, {"kind": End}, {"kind": Noise},
+    {"kind": Leaky}, {"kind": FirstStep},
 ], ids=str)  # fmt: skip
 def test_every_ablation_trains(changes):
     model, (image, labels) = small(**changes), batch()
@@ -224,7 +228,12 @@ def test_the_loss_changes_with_every_switch():
     for changes in (
         {},
         {"objective": "vanilla"},
-        {"annealed": True},
+        {"kind": Annealed},
+        {"kind": Linear},
+        {"kind": Sqrt},
+        {"kind": Inverse},
+        {"kind": End},
+        {"kind": Noise},
         {"kind": Leaky},
         {"kind": Leaky, "objective": "vanilla"},
         {"kind": FirstStep},
@@ -258,7 +267,7 @@ def test_reshaped_loss_at_the_start_is_the_paper_s():
     assert model.loss(image, labels)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"prediction": "x"}, {"source": "noise"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"kind": End}, {"kind": Noise}], ids=str)
 def test_no_state_contains_the_label(changes):
     """The leak: whatever the labels are, the network must see the same states (Leaky does not)."""
 
@@ -340,9 +349,9 @@ def test_the_source_is_the_image_followed_by_zeros():
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 30), (1, 1), (3, 50)])
-@pytest.mark.parametrize("source", ["image", "noise"])
-def test_any_size_gives_a_mask_of_that_size_and_always_the_same(size, source):
-    model = small(source=source).eval()
+@pytest.mark.parametrize("kind", [FlowSeg, Noise])
+def test_any_size_gives_a_mask_of_that_size_and_always_the_same(size, kind):
+    model = small(kind=kind).eval()
     image = torch.rand(1, 3, *size) * 2 - 1
     mask = model.segment(image, 2)
     assert mask.shape == (1, *size)
@@ -355,7 +364,7 @@ def test_soft_assignment_is_the_softmax_of_the_potential():
     x = torch.randn(2, 3, 4, 6)
     p = model.soft_assignment(x)
     d = (x.movedim(1, -1)[..., None, :] - model.centroids).square().sum(-1)
-    expected = (log_potential(d, model.config.eps, "log")[0] / 0.5).softmax(-1).movedim(-1, 1)
+    expected = (-(d + model.config.eps).log() / 0.5).softmax(-1).movedim(-1, 1)
     assert torch.allclose(p, expected, atol=1e-6)
     assert torch.allclose(p.sum(1), torch.ones(2, 4, 6), atol=1e-6)
 
@@ -403,7 +412,7 @@ def test_shape_and_value_errors_name_both_sides():
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"objective": "reshape"}, "objective is 'reshape'; expected reshaped or vanilla"),
-    ({"dims": 2}, "dims 2; expected"), ({"dims": 20, "encoding": "coded"}, "dims is 20; expected 3-19"),
+    ({"dims": 2}, "dims is 2; expected"), ({"dims": 20, "encoding": "coded"}, "dims is 20; expected 3-19"),
      ({"num_classes": 1}, "num_classes is 1"), ({"heads": 3}, "heads"),
     ({"patch_size": 6}, "patch_size is 6; expected a power of two"), ({"eps": 0.0}, "eps is 0.0"),
 ])  # fmt: skip

@@ -124,13 +124,11 @@ KEYS = [key.removeprefix("ema_denoiser.") for key in TINY if key.startswith("ema
 
 @pytest.mark.parametrize("key", [key for key in KEYS if "blocks.1" not in key and "blocks.3" not in key])
 @pytest.mark.parametrize(("damage", "message"), [
-    (without, "{} is missing"), (lambda key: changed(key, with_nan), "{} is not finite"),
+    (without, "{} is missing, expected \\("), (lambda key: changed(key, with_nan), "{} is not finite"),
     (lambda key: changed(key, lambda v: torch.full_like(v, torch.inf)), "{} is not finite"),
     (lambda key: changed(key, lambda v: torch.cat([v, v])[:-1]), "{} is \\("),
     (lambda key: changed(key, lambda v: v[..., None]), "{} is \\("),
-    (lambda key: changed(key, lambda v: "text"), "{} is str"),
-    (lambda key: changed(key, lambda v: v.int()), "{} is not finite"),
-], ids=["missing", "nan", "inf", "longer", "deeper", "text", "int"])  # fmt: skip
+], ids=["missing", "nan", "inf", "longer", "deeper"])  # fmt: skip
 def test_every_damaged_tensor_is_named(key, damage, message, tmp_path):
     if "embedding_table" in key and "longer" in os.environ["PYTEST_CURRENT_TEST"]:
         pytest.skip("any number of classes will do")
@@ -144,12 +142,13 @@ def test_every_damaged_tensor_is_named(key, damage, message, tmp_path):
 def test_unknown_keys_are_named_and_the_rest_counted(tmp_path):
     state = TINY | {"ema_denoiser.blocks.0.extra": torch.zeros(1), "vae.scale": torch.zeros(1)}
     with pytest.raises(
-        CheckpointError, match=r"2 faults: .*blocks\.0\.extra is unknown; vae\.scale is unknown\)$"
+        CheckpointError,
+        match=r"2 faults: .*\.extra is \(1,\), expected nothing; vae\.scale is \(1,\), expected nothing\)$",
     ):
         import_pixnerd(write(tmp_path / "x.ckpt", state))
     for key in KEYS[:4]:
         state.pop(f"ema_denoiser.{key}")
-    with pytest.raises(CheckpointError, match=r"6 faults: (\S+ is missing; ){3}\.\.\)$"):
+    with pytest.raises(CheckpointError, match=r"6 faults: (\S+ is missing, expected [^;]+; ){3}\.\.\)$"):
         import_pixnerd(write(tmp_path / "x.ckpt", state))
 
 
@@ -160,9 +159,16 @@ def test_files_that_are_no_checkpoint_leave_nothing_behind(tmp_path):
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"x\.ckpt cannot be read as a PixNerd checkpoint \("):
+        with pytest.raises(CheckpointError, match=r"x\.ckpt is a damaged PixNerd checkpoint or none \("):
             start_from(model, path)
-    for content in ({"state_dict": torch.nn.Linear(2, 2)}, {"state_dict": {}}, {"model": TINY}, [1], TINY):
+    for content in (
+        {"state_dict": TINY | {"ema_denoiser.text": "text"}},
+        {"state_dict": torch.nn.Linear(2, 2)},
+        {"state_dict": {}},
+        {"model": TINY},
+        [1],
+        TINY,
+    ):
         torch.save(content, path)
         with pytest.raises(CheckpointError) as caught:
             start_from(model, str(path))

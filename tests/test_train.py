@@ -259,13 +259,9 @@ def test_input_keeps_the_ratio_and_the_range(given, expected):
 
 
 def test_precedence_is_setting_then_option_then_preset_then_default():
-    config, model_config = resolve({"preset": "small", "lr": 0.5}, ["size=64", "annealed=true", "dims=4"])
-    assert (config.lr, config.size, config.seed) == (0.5, 64, TrainConfig.seed)
-    assert (model_config.hidden, model_config.annealed, model_config.dims) == (
-        PRESETS["small"]["hidden"],
-        True,
-        4,
-    )
+    config, model_config = resolve({"preset": "small", "lr": 0.5}, ["size=64", "recompute=true", "dims=4"])
+    assert (config.lr, config.size, config.seed, config.recompute) == (0.5, 64, TrainConfig.seed, True)
+    assert (model_config.hidden, model_config.dims) == (PRESETS["small"]["hidden"], 4)
     assert model_config.num_classes == len(Shapes("training").labels.classes)
 
 
