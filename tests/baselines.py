@@ -81,7 +81,7 @@ class End(FlowSeg):
 
 
 class Annealed(FlowSeg):
-    """The correction fades with the time left: grad Phi times 1 - t, which is also what the log has as `grad`."""
+    """The correction fades with the time left: grad Phi times 1 - t; so does `grad` in the log."""
 
     def _loss_at(self, x_t: Tensor, t: Tensor, *rest) -> tuple[Tensor, dict, Tensor]:
         self.left = time_left(t)
