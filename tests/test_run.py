@@ -220,7 +220,7 @@ def torchrun(folder, *settings, count=2, script=SPREAD):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), ("accumulate=2", "source=noise")], ids=str)
+@pytest.mark.parametrize("settings", [(), ("accumulate=2", "dims=3")], ids=str)
 def test_two_processes_are_one(tmp_path, monkeypatch, settings):
     run(tmp_path / "one", *settings, "eval_every=2")
     done = torchrun(tmp_path / "two", *settings, "eval_every=2")

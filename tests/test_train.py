@@ -336,7 +336,7 @@ def test_stored_score_is_bit_for_bit_what_eval_gives(tmp_path):
     assert protocol == model.metadata["protocol"]
 
 
-@pytest.mark.parametrize("settings", [(), ("accumulate=2",), ("workers=1", "source=noise")], ids=str)
+@pytest.mark.parametrize("settings", [(), ("accumulate=2",), ("workers=1", "dims=3")], ids=str)
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch, settings):
     run(tmp_path / "whole", *settings, "save_every=2")
     real, calls = FlowSeg.loss, []
