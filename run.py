@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,8 +60,21 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def log(folder: Path, **values: float) -> None:
+    """Add a line to metrics.jsonl, and its values to TensorBoard's file where TensorBoard is installed."""
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(values) + "\n")
+    if writer := tensorboard(folder):
+        for name, value in values.items():
+            writer.add_scalar(name, value, values["step"])
+        writer.flush()
+
+
+@cache
+def tensorboard(folder: Path):
+    with suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(folder)
 
 
 def save_state(folder: Path, model: FlowSeg, ema: FlowSeg, optimizer: torch.optim.AdamW, at: tuple) -> None:
@@ -108,11 +122,14 @@ def load_state(
     return step, validated, best
 
 
-def newest_checkpoint(folder: Path | None = None) -> Path:
-    """The best weights of a run directory, by default of the run under runs/ that was written to last."""
-    found = list(folder.glob("last.safetensors") if folder else Path("runs").glob("*/last.safetensors"))
+def newest_checkpoint(where: Path | None = None, command: str = "flowseg train") -> Path:
+    """A file as it is, or the best weights of a run directory, by default of the run under runs/ that was
+    written to last. RunError: there are none; it says which command makes them."""
+    if where and where.suffix and not where.is_dir():
+        return where
+    found = list(where.glob("last.safetensors") if where else Path("runs").glob("*/last.safetensors"))
     if not found:
-        raise RunError(f"no weights in {folder or 'runs'}/: run `flowseg train`, or pass a checkpoint")
+        raise RunError(f"no weights in {where or 'runs'}/: run `{command}`, or pass a checkpoint")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     best = newest.with_name("best.safetensors")
     return best if best.exists() else newest
@@ -120,11 +137,10 @@ def newest_checkpoint(folder: Path | None = None) -> Path:
 
 def environment() -> dict[str, str]:
     """Versions and commit that weights were made with."""
-    here, commit = Path(__file__).parent, ""
+    repository, commit = Path(__file__).with_name(".git"), ""  # not one around an installed wheel
     with suppress(OSError, subprocess.TimeoutExpired):
-        if (here / ".git").exists():  # not that of a repository around an installed wheel
-            command = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
-            commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+        command = ["git", f"--git-dir={repository}", "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
     return versions | {"commit": commit or "unknown"}
 
@@ -169,7 +185,6 @@ def outlive_signals(worker: int) -> None:
 def agree(signals: list[int]) -> tuple[int, bool]:
     """The signal to stop for, or 0, and whether one asks to save: the same answer in every process."""
     counts = summed(torch.tensor([signals.count(number) for number in (*STOPS, SAVE)])).tolist()
-    signals[:] = [number for number in signals if number in STOPS]
     return next((number for number, count in zip(STOPS, counts, strict=False) if count), 0), counts[-1] > 0
 
 

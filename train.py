@@ -16,19 +16,21 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import picture
 import run
@@ -39,16 +41,20 @@ from run import RunError, process, summed
 
 Dataset = Folder | Shapes
 MOST_FAILURES = 10  # steps in a row without a finite gradient
+H100 = 989  # TFLOP/s in bfloat16, dense, by its data sheet
+UTILISATION = 0.4  # share of it that training is taken to reach
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything besides the network that determines a run; the defaults of the command line."""
 
+    recipe: str = ""  # a table of recipes.toml
+    stage: int = 1  # of the recipe
     dataset: str = "shapes"
     root: str = ""  # folder of the named data sets
     preset: str = "tiny"
-    init: str = ""  # weights to start from
+    init: str = ""  # weights or run directory to start from
     seed: int = 0
     max_steps: int = 800
     batch: int = 8  # images per optimizer step
@@ -69,11 +75,18 @@ class TrainConfig:
     deterministic: bool = False  # refuse operations whose result may vary, on a GPU
 
 
-PRESETS = tomllib.loads((Path(__file__).parent / "flowseg_data" / "presets.toml").read_text())
+TABLES = Path(__file__).parent / "flowseg_data"
+PRESETS, RECIPES = (tomllib.loads((TABLES / f"{kind}.toml").read_text()) for kind in ("presets", "recipes"))
+
+
+def choose(option: str, name: str, tables: dict) -> dict:
+    if name not in tables:
+        raise RunError(f"{option} {name}: expected {', '.join(tables)}{nearest(name, tables)}")
+    return tables[name]
 
 
 def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
-    """Configs from the options given and NAME=VALUE settings, then the preset, then the defaults."""
+    """Configs from the options given and NAME=VALUE settings, then recipe, preset and defaults."""
     kinds = {field.name: type(field.default) for field in (*fields(Config), *fields(TrainConfig))}
     for setting in settings:
         name, _, value = setting.partition("=")
@@ -83,14 +96,15 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
             given[name] = {"true": True, "false": False}[value] if kinds[name] is bool else kinds[name](value)
         except (KeyError, ValueError) as error:
             raise RunError(f"--set {setting}: expected a {kinds[name].__name__} after {name}=") from error
-    preset = given.get("preset", TrainConfig.preset)
-    if preset not in PRESETS:
-        raise RunError(f"--preset {preset}: expected {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
-    values = PRESETS[preset] | given
+    if {"recipe", "stage"} & given.keys():
+        stages = choose("--recipe", given.get("recipe", ""), RECIPES)
+        given = choose("--stage", str(given.get("stage", 1)), stages) | given
+    values = choose("--preset", given.get("preset", TrainConfig.preset), PRESETS) | given
     config = TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__})
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise RunError(f"dtype is {config.dtype!r}; expected auto, float32 or bfloat16")
-    values["num_classes"] = len(open_dataset(config.dataset, "training", config.root).labels.classes)
+    data = open_dataset(config.dataset, "training", config.root, strict=False)  # the label table is enough
+    values["num_classes"] = len(data.labels.classes)
     if values["num_classes"] > 32:  # measured at 11, 14 and 112 classes: README, Ablations
         values = {"encoding": "coded", "dims": 19} | values
     try:
@@ -105,6 +119,56 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
     return config, model_config
 
 
+@mock.patch("torch.autocast", mock.MagicMock())  # it does not know the meta device
+def counted(network: Config, size: int, recompute: bool = False) -> tuple[int, int, int]:
+    """Parameters, FLOPs of a training step of one image, and bytes it keeps for the backward pass in float32.
+
+    FLOPs are those of products and convolutions, forward and backward, at both states of `FlowSeg.loss`;
+    bytes leave out the attention matrices, which a GPU's kernels do not keep. Nothing is computed: the meta
+    device has shapes only.
+    """
+    with torch.device("meta"):
+        model = FlowSeg(replace(network, encoding="kronecker"))  # a lexicode would have to be computed
+        image, labels = torch.zeros(1, 3, size, size), torch.zeros(1, size, size, dtype=torch.int64)
+    model.network.recompute = recompute
+    parameters, tokens = sum(p.numel() for p in model.parameters()), (size // network.patch_size) ** 2
+    kept = {p.untyped_storage()._cdata: p for p in model.parameters()}  # what is in several places is one
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] != (tokens, tokens):
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.loss(image, labels)[0]
+        loss.backward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return parameters, counter.get_total_flops(), total - 4 * parameters
+
+
+def cost(config: TrainConfig, network: Config) -> dict[str, float]:
+    """What a run takes on H100 GPUs, one a process, by counting: needs neither its data nor a GPU.
+
+    Memory: weights, gradients, two moments and EMA are 5 float32 numbers a parameter. bfloat16 adds a copy of
+    the weights and keeps 0.6 of the bytes for the backward pass (measured), since some stay float32.
+    """
+    world, bfloat16 = int(os.environ.get("WORLD_SIZE", 1)), config.dtype != "float32"
+    images = config.batch // world // config.accumulate
+    parameters, flops, kept = counted(network, config.size, config.recompute)
+    fixed, kept = parameters * (22 if bfloat16 else 20), images * kept * (0.6 if bfloat16 else 1)
+    tera, assumed = config.batch * flops / 1e12, f"{UTILISATION:.0%} of {H100} TFLOP/s"
+    return {
+        "parameters": parameters,
+        "TFLOP a step (products and convolutions, forward and backward)": tera,
+        "images at a time on each GPU": images,
+        "GB of weights, gradients, moments and EMA": fixed / 1e9,
+        "GB kept for the backward pass": kept / 1e9,
+        "GB of GPU memory": (fixed + kept) / 1e9,
+        f"hours on one H100 at {assumed}": config.max_steps * tera / (UTILISATION * H100) / 3600,
+    }
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Scores, in [0, 1], of a confusion matrix: int64 (N, N), rows are labels, columns are predictions."""
@@ -112,21 +176,17 @@ class Metrics:
     confusion: np.ndarray
 
     @property
-    def iou(self) -> np.ndarray:
+    def iou(self) -> Tensor:
         """Intersection over union (N,), nan for a class that occurs in neither labels nor predictions."""
-        hit = np.diag(self.confusion)
-        with np.errstate(invalid="ignore"):  # 0 / 0
-            return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit)
+        c = torch.from_numpy(self.confusion).double()
+        return c.diag() / (c.sum(0) + c.sum(1) - c.diag())
 
     @property
     def scores(self) -> dict[str, float]:
         """mIoU over the classes that occur; aAcc, the share of right pixels; mAcc, its mean over classes."""
-        if not self.confusion.any():
-            return dict.fromkeys(("mIoU", "aAcc", "mAcc"), math.nan)
-        hit, labelled = np.diag(self.confusion), self.confusion.sum(1)
-        recall = hit[labelled > 0] / labelled[labelled > 0]
-        accuracy = float(hit.sum() / labelled.sum())
-        return {"mIoU": float(np.nanmean(self.iou)), "aAcc": accuracy, "mAcc": float(recall.mean())}
+        c = torch.from_numpy(self.confusion).double()
+        accuracy, recall = c.trace() / c.sum(), c.diag() / c.sum(1)
+        return {"mIoU": float(self.iou.nanmean()), "aAcc": float(accuracy), "mAcc": float(recall.nanmean())}
 
 
 def confusion_matrix(labels: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
@@ -229,11 +289,8 @@ def backward(model: FlowSeg, parts: list, own: list[torch.Generator], bfloat16: 
         loss.backward()
         for name, value in ({"loss": loss.detach()} | stats).items():
             totals[name] = totals.get(name, 0) + value
-    if dist.is_initialized():
-        gradients = [p.grad for p in model.parameters()]
-        flat = summed(torch.cat([gradient.flatten() for gradient in gradients]))  # one message
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+    for parameter in model.parameters():
+        summed(parameter.grad)
     return totals
 
 
@@ -254,13 +311,15 @@ def train(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
     torch.use_deterministic_algorithms(config.deterministic)
     data, held_out = (open_dataset(config.dataset, s, config.root) for s in ("training", "validation"))
-    if rank == 0:
-        run.claim(folder, {"train": asdict(config), "model": asdict(network)}, allow_changes)
     console = console if rank == 0 else Console(quiet=True)
     torch.manual_seed(config.seed)
-    model = kind(network)
-    if config.init:
-        start_from(model, config.init)
+    model, origin = kind(network), "random weights"
+    if config.init and not (folder / run.STATE).exists():
+        stage_1 = f" --recipe {config.recipe} --stage 1" if config.recipe else ""
+        origin = run.newest_checkpoint(Path(config.init), f"flowseg train{stage_1}")
+        start_from(model, str(origin))
+    if rank == 0:
+        run.claim(folder, {"train": asdict(config), "model": asdict(network)}, allow_changes)
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = make_optimizer(model, config)
@@ -271,7 +330,8 @@ def train(
         model.network.encode = torch.compile(model.network.encode)
     bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     console.print(
-        f"{folder} on {world} x {device} from step {step}: {data.name}, {len(data):,} images; "
+        f"{folder} on {world} x {device} from {f'step {step}' if step else origin}: "
+        f"{data.name}, {len(data):,} images; "
         f"preset {config.preset}, {'bfloat16' if bfloat16 else 'float32'}; "
         f"{network.num_classes} classes, {network.encoding} in {network.dims} dimensions; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")  # fmt: skip
@@ -281,8 +341,7 @@ def train(
         return step > 0 and (step % period == 0 or step == config.max_steps)
 
     failures, saved, since, began = 0, (step, validated), step, time.perf_counter()
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn()
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
+    bar = Progress(console=console, disable=not console.is_terminal, expand=True)
     bar.add_task("starting", total=config.max_steps, completed=step)
     with run.caught_signals() as signals, bar:
         loader = batches(data, config, step)
@@ -291,8 +350,7 @@ def train(
             if due(config.eval_every) and validated < step and not stop:
                 unless_stopped = partial(takewhile, lambda _: not set(run.STOPS) & set(signals))
                 scored = evaluate(ema, held_out, config.size, ema.config.steps, unless_stopped)
-                stop, more = run.agree(signals)
-                asked = asked or more
+                stop, asked = run.agree(signals)
                 if not stop:
                     score = scored[0].scores["mIoU"]
                     console.print(f"step {step}: validation mIoU {score:.1%}")
@@ -304,6 +362,7 @@ def train(
                 if rank == 0 and saved != (step, validated):
                     run.save_state(folder, model, ema, optimizer, (step, validated, best))
                 saved = step, validated
+                signals[:] = [number for number in signals if number in run.STOPS]
             if stop or step == config.max_steps:
                 break
 
@@ -321,7 +380,7 @@ def train(
                 bad = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()), "norm")
                 files = ", ".join(data.read(i)[2] for *_, indices in parts for i in indices.tolist())
                 where = f"the last at step {step}, first in {bad}, t {t.min():.2f} to {t.max():.2f}"
-                fix = f"lower --lr, or look at {files}"
+                fix = f"lower lr, or look at {files}"
                 raise RunError(f"no finite gradient in {failures} steps in a row, {where}; {fix}")
             optimizer.zero_grad()
             step += 1
@@ -329,8 +388,8 @@ def train(
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
             if due(config.log_every):
-                sums = summed(torch.stack([*values.values()]).cpu()).tolist()
-                means = dict(zip(values, sums, strict=True)) | {"grad_norm": float(norm)}
+                means = summed(torch.stack([*values.values()]).cpu()).tolist()
+                means = dict(zip(values, means, strict=True)) | {"grad_norm": float(norm)}
                 seconds = (time.perf_counter() - began) / (step - since)
                 means |= {"seconds_per_step": seconds, "images_per_second": config.batch / seconds}
                 means |= {"lr": learning_rate(step - 1, config)} | run.peak_memory(device)
