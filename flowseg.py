@@ -58,17 +58,17 @@ def root(
 
 @app.command()
 def train(
+    recipe: Annotated[str | None, Option(help="The two-stage recipe: ade20k or coco-stuff.")] = None,
+    stage: Annotated[int | None, Option(help="Of the recipe: 1 (default) or 2, which starts from 1.")] = None,
     dataset: Dataset = None,
     root: Root = None,
     preset: Annotated[str | None, Option(help="Network: tiny (default), small, base, large or xl.")] = None,
     objective: Annotated[str | None, Option(help="reshaped (default) or vanilla flow matching.")] = None,
     max_steps: Annotated[int | None, Option(min=1, help="Optimizer steps.")] = None,
     save_every: Annotated[int | None, Option(min=1, help="Steps between saved states.")] = None,
-    eval_every: Annotated[int | None, Option(min=1, help="Steps between validations.")] = None,
     batch: Annotated[int | None, Option(min=1, help="Images per optimizer step.")] = None,
     size: Annotated[int | None, Option(min=8, help="Side of the training crop.")] = None,
-    lr: Annotated[float | None, Option(help="Peak learning rate.")] = None,
-    init: Annotated[Path | None, Option(help="Weights to start from.")] = None,
+    init: Annotated[Path | None, Option(help="Weights, or the run directory, to start from.")] = None,
     out_dir: Annotated[Path | None, Option("--out", help="Run directory; else runs/DATASET-PRESET.")] = None,
     seed: Annotated[int | None, Option(help="Seed of weights, order, augmentation and noise.")] = None,
     workers: Annotated[int | None, Option(min=0, help="Processes that load images.")] = None,
@@ -76,6 +76,7 @@ def train(
     compile: Annotated[bool, Option("--compile", help="Compile the network first (minutes).")] = False,
     deterministic: Annotated[bool, Option("--deterministic", help="The same bits again on a GPU.")] = False,
     allow_changes: Annotated[bool, Option("--allow-changes", help="Go on with other options.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what it would take; needs no data.")] = False,
     device: Device = "auto",
     settings: Settings = None,
     quiet: Quiet = False,
@@ -85,7 +86,10 @@ def train(
     import train as training
 
     config, model_config = training.resolve(given, settings or [])  # takes the fields that it knows
-    folder = out_dir or Path("runs") / f"{Path(config.dataset).resolve().name}-{config.preset}"
+    if dry_run:
+        return print(*(f"{k}: {v}" for k, v in training.cost(config, model_config).items()), sep="\n")
+    name = f"{config.recipe}-stage-{config.stage}" if config.recipe else ""
+    folder = out_dir or Path("runs") / (name or f"{Path(config.dataset).resolve().name}-{config.preset}")
     console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
     code = training.train(config, model_config, folder, device, console, allow_changes=allow_changes)
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks

@@ -97,7 +97,7 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
         except (KeyError, ValueError) as error:
             raise RunError(f"--set {setting}: expected a {kinds[name].__name__} after {name}=") from error
     if {"recipe", "stage"} & given.keys():
-        stages = choose("--recipe", given.get("recipe", ""), RECIPES)
+        stages = choose("--recipe", given.get("recipe", "(none)"), RECIPES)
         given = choose("--stage", str(given.get("stage", 1)), stages) | given
     values = choose("--preset", given.get("preset", TrainConfig.preset), PRESETS) | given
     config = TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__})
@@ -147,8 +147,8 @@ def counted(network: Config, size: int, recompute: bool = False) -> tuple[int, i
     return parameters, counter.get_total_flops(), total - 4 * parameters
 
 
-def cost(config: TrainConfig, network: Config) -> dict[str, float]:
-    """What a run takes on H100 GPUs, one a process, by counting: needs neither its data nor a GPU.
+def cost(config: TrainConfig, network: Config) -> dict:
+    """The configs and what a run takes on H100 GPUs, by counting: needs neither its data nor a GPU.
 
     Memory: weights, gradients, two moments and EMA are 5 float32 numbers a parameter. bfloat16 adds a copy of
     the weights and keeps 0.6 of the bytes for the backward pass (measured), since some stay float32.
@@ -157,16 +157,18 @@ def cost(config: TrainConfig, network: Config) -> dict[str, float]:
     images = config.batch // world // config.accumulate
     parameters, flops, kept = counted(network, config.size, config.recompute)
     fixed, kept = parameters * (22 if bfloat16 else 20), images * kept * (0.6 if bfloat16 else 1)
-    tera, assumed = config.batch * flops / 1e12, f"{UTILISATION:.0%} of {H100} TFLOP/s"
-    return {
+    tera = config.batch * flops / 1e12
+    facts = {
         "parameters": parameters,
         "TFLOP a step (products and convolutions, forward and backward)": tera,
         "images at a time on each GPU": images,
         "GB of weights, gradients, moments and EMA": fixed / 1e9,
         "GB kept for the backward pass": kept / 1e9,
         "GB of GPU memory": (fixed + kept) / 1e9,
-        f"hours on one H100 at {assumed}": config.max_steps * tera / (UTILISATION * H100) / 3600,
-    }
+        f"hours on one H100 at {UTILISATION:.0%} of {H100} TFLOP/s":
+            config.max_steps * tera / (UTILISATION * H100) / 3600,
+    }  # fmt: skip
+    return asdict(config) | asdict(network) | {name: round(value, 3) for name, value in facts.items()}
 
 
 @dataclass(frozen=True)
@@ -380,7 +382,7 @@ def train(
                 bad = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()), "norm")
                 files = ", ".join(data.read(i)[2] for *_, indices in parts for i in indices.tolist())
                 where = f"the last at step {step}, first in {bad}, t {t.min():.2f} to {t.max():.2f}"
-                fix = f"lower lr, or look at {files}"
+                fix = f"lower --set lr={config.lr:g}, or look at {files}"
                 raise RunError(f"no finite gradient in {failures} steps in a row, {where}; {fix}")
             optimizer.zero_grad()
             step += 1

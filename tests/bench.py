@@ -31,15 +31,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as method
+import train
 from data import Stream, open_dataset
 from model import FlowSeg
 from network import Config, Network
 from tests.reference import Reference
-from train import TrainConfig, make_optimizer, resolve
+from train import H100, UTILISATION, TrainConfig, make_optimizer, resolve
 
 ROOT = Path(__file__).parent.parent
-H100 = 989e12  # dense bfloat16 FLOP per second, by its data sheet
-UTILISATION = 0.4  # share of it that a training step is taken to reach
 
 
 def medium(tiny: bool, **changes) -> Config:
@@ -355,42 +354,23 @@ def bench_limits(tiny: bool, repeats: int, compiling: bool) -> dict:
 # ---------------------------------------------------------------- scaling on paper
 
 
-@mock.patch("torch.autocast", lambda *args, **settings: nullcontext())  # it does not know the meta device
-def counted(config: Config, side: int, batch: int = 1, recompute: bool = False) -> dict:
-    """FLOPs of products and convolutions, and bytes kept for the backward pass; nothing is computed.
-
-    The attention matrices are left out of the bytes: the fused kernels of a GPU do not keep them.
-    """
+@mock.patch("torch.autocast", mock.MagicMock())  # it does not know the meta device
+def counted(config: Config, side: int, recompute: bool = False) -> dict:
+    """What `flowseg train --dry-run` counts for an image, and the FLOPs of sampling; nothing is computed."""
+    parameters, flops, kept = train.counted(config, side, recompute)
     with torch.device("meta"):
         model = FlowSeg(replace(config, encoding="kronecker"))  # a lexicode would have to be computed
-        image = torch.zeros(batch, 3, side, side)
-        labels = torch.zeros(batch, side, side, dtype=torch.int64)
-        x, t = torch.zeros(batch, config.dims, side, side), torch.zeros(batch)
-    model.network.recompute = recompute
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-    tokens = (side // config.patch_size) ** 2
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.shape[-2:] != (tokens, tokens):
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with FlopCounterMode(display=False) as training:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model.loss(image, labels)[0]
-        saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-        loss.backward()
+        image, x, t = torch.zeros(1, 3, side, side), torch.zeros(1, config.dims, side, side), torch.zeros(1)
     with torch.no_grad(), FlopCounterMode(display=False) as encoding:
         features = model.network.encode(image)
     with torch.no_grad(), FlopCounterMode(display=False) as evaluation:
         model.network(x, t, features)
     return {
-        "M parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-        "TFLOP, training step": training.get_total_flops() / 1e12,
+        "M parameters": parameters / 1e6,
+        "TFLOP, training step": flops / 1e12,
         "TFLOP, encoding the image": encoding.get_total_flops() / 1e12,
         "TFLOP, one Euler step": evaluation.get_total_flops() / 1e12,
-        "GB kept for the backward pass, float32": saved / 1e9,
+        "GB kept for the backward pass, float32": kept / 1e9,
     }
 
 
@@ -405,11 +385,11 @@ def bench_scaling(tiny: bool, repeats: int, compiling: bool) -> dict:
     for recompute in (False, True):
         name = "xl, 512 px, 16 images" + (", recompute" if recompute else "")
         config = replace(resolve({"preset": "tiny" if tiny else "xl"}, [])[1], **classes)
-        one = counted(config, 32 if tiny else 512, 1, recompute)
-        work = 16 * one["TFLOP, training step"] * 1e12
+        one = counted(config, 32 if tiny else 512, recompute)
+        work = 16 * one["TFLOP, training step"]
         hours = 160_000 * work / (H100 * UTILISATION) / 3600
         facts[name] = {
-            "TFLOP, training step": work / 1e12, "H100 seconds a step": work / (H100 * UTILISATION),
+            "TFLOP, training step": work, "H100 seconds a step": work / (H100 * UTILISATION),
             "H100 hours, 1 GPU": hours, "hours on 8 GPUs": hours / 8,
             "GB of weights, gradients, moments, EMA": one["M parameters"] * 20 / 1e3,
             "GB kept, about half of float32": 16 * one["GB kept for the backward pass, float32"] / 2,
