@@ -43,6 +43,7 @@ Dataset = Folder | Shapes
 MOST_FAILURES = 10  # steps in a row without a finite gradient
 H100 = 989  # TFLOP/s in bfloat16, dense, by its data sheet
 UTILISATION = 0.4  # share of it that training is taken to reach
+KEPT = 0.6  # share of the bytes for the backward pass that bfloat16 keeps: some stay float32; measured
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,13 @@ def counted(network: Config, size: int, recompute: bool = False) -> tuple[int, i
 def cost(config: TrainConfig, network: Config) -> dict:
     """The configs and what a run takes on H100 GPUs, by counting: needs neither its data nor a GPU.
 
-    Memory: weights, gradients, two moments and EMA are 5 float32 numbers a parameter. bfloat16 adds a copy of
-    the weights and keeps 0.6 of the bytes for the backward pass (measured), since some stay float32.
+    Memory: weights, gradients, two moments and EMA are 5 float32 numbers a parameter, and bfloat16 adds a
+    copy of the weights; what is kept for the backward pass grows with the images.
     """
     world, bfloat16 = int(os.environ.get("WORLD_SIZE", 1)), config.dtype != "float32"
     images = config.batch // world // config.accumulate
     parameters, flops, kept = counted(network, config.size, config.recompute)
-    fixed, kept = parameters * (22 if bfloat16 else 20), images * kept * (0.6 if bfloat16 else 1)
+    fixed, kept = parameters * (22 if bfloat16 else 20), images * kept * (KEPT if bfloat16 else 1)
     tera = config.batch * flops / 1e12
     facts = {
         "parameters": parameters,

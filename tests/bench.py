@@ -36,7 +36,7 @@ from data import Stream, open_dataset
 from model import FlowSeg
 from network import Config, Network
 from tests.reference import Reference
-from train import H100, UTILISATION, TrainConfig, make_optimizer, resolve
+from train import H100, KEPT, UTILISATION, TrainConfig, make_optimizer, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -392,7 +392,7 @@ def bench_scaling(tiny: bool, repeats: int, compiling: bool) -> dict:
             "TFLOP, training step": work, "H100 seconds a step": work / (H100 * UTILISATION),
             "H100 hours, 1 GPU": hours, "hours on 8 GPUs": hours / 8,
             "GB of weights, gradients, moments, EMA": one["M parameters"] * 20 / 1e3,
-            "GB kept, about half of float32": 16 * one["GB kept for the backward pass, float32"] / 2,
+            "GB kept in bfloat16": 16 * one["GB kept for the backward pass, float32"] * KEPT,
         }  # fmt: skip
     return facts
 

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +16,15 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
+import flowseg
 import train as training
 from data import Shapes
 from model import CheckpointError, FlowSeg, segment_photo, start_from, to_input
+from network import Config, RMSNorm
 from run import RunError, newest_checkpoint, save_state
-from train import PRESETS, Metrics, TrainConfig, confusion_matrix, evaluate, learning_rate, resolve
+from train import PRESETS, RECIPES, Metrics, TrainConfig, confusion_matrix, evaluate, learning_rate, resolve
 
 TINY = [
     "hidden=16",
@@ -286,12 +291,29 @@ def test_many_classes_are_coded_unless_asked_otherwise(tmp_path):
     ({}, ["epsilon=1"], r"--set epsilon=1: expected FIELD=VALUE.*did you mean 'eps'"),
     ({}, ["dtype=half"], "dtype is 'half'; expected auto, float32 or bfloat16"),
     ({}, ["eps=small"], "--set eps=small: expected a float"), ({}, ["eps"], "--set eps: expected a float"),
+    ({"recipe": "ade2k"}, [], "--recipe ade2k: expected ade20k, coco-stuff; did you mean 'ade20k'"),
+    ({"recipe": "ade20k", "stage": 3}, [], "--stage 3: expected 1, 2"), ({"stage": 2}, [], "--recipe"),
     ({"size": 50}, [], "size is 50; expected a multiple of the patch size 8"),
     ({"batch": 5}, ["accumulate=2"], "batch is 5; expected a multiple of 2"),
 ])  # fmt: skip
 def test_mistakes_in_the_configuration_are_named(given, settings, message):
     with pytest.raises(RunError, match=message):
         resolve(given, settings)
+
+
+def test_a_recipe_is_a_table_that_options_win_over():
+    """The label tables are enough: no photo of ADE20K or COCO-Stuff is here."""
+    fields = {**TrainConfig.__dataclass_fields__, **Config.__dataclass_fields__}
+    for name, classes in (("ade20k", 150), ("coco-stuff", 171)):
+        first, network = resolve({"recipe": name}, [])
+        assert (first.dataset, network.num_classes, network.hidden) == (name, classes, 1152)
+        assert (first.size, first.batch, first.lr, first.init) == (256, 64, 1e-4, "")
+        second, _ = resolve({"recipe": name, "stage": 2}, [])
+        assert (second.size, second.batch, second.lr) == (512, 16, 5e-5)
+        assert (second.weight_decay, second.clip, second.init) == (0.01, 1.0, f"runs/{name}-stage-1")
+        assert all(stage.keys() <= fields.keys() for stage in RECIPES[name].values())
+    config, network = resolve({"recipe": "ade20k", "preset": "tiny", "batch": 8}, ["lr=0.5", "depth=3"])
+    assert (config.batch, config.lr, config.size, network.hidden, network.depth) == (8, 0.5, 256, 128, 3)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -301,6 +323,73 @@ def test_learning_rate_warms_up_and_ends_at_zero():
     assert max(rates) == rates[9]
     assert rates[9:] == sorted(rates[9:], reverse=True)
     assert rates[-1] < 1e-3
+
+
+def test_norms_biases_and_embeddings_do_not_decay():
+    with torch.device("meta"):
+        model = FlowSeg(Config(num_classes=150, hidden=1152, depth=26, heads=16, field_depth=4))
+    decaying, free = training.make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    assert (decaying["weight_decay"], free["weight_decay"]) == (0.1, 0) and free["fused"]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    free = {names[parameter] for parameter in free["params"]}
+    expected = {name for name in names.values() if name.endswith(".bias") or name == "network.no_class"}
+    for name, module in model.named_modules():
+        if isinstance(module, RMSNorm | torch.nn.GroupNorm):
+            expected.add(f"{name}.weight")
+    assert free == expected
+    assert len(free) + len(decaying["params"]) == len(names)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_cost_that_is_counted_is_that_of_a_real_step(recompute):
+    """On tensors with values; bfloat16 keeps about KEPT of the bytes, and a copy of the weights."""
+    config = Config(14, patch_size=16, hidden=64, field_depth=2, field_width=64, field_ratio=2)
+    parameters, flops, kept = training.counted(config, 64, recompute)
+    image, labels = torch.rand(1, 3, 64, 64), torch.randint(0, 14, (1, 64, 64))
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tensors = FlowSeg(config), {}
+        model.network.recompute = recompute
+
+        def keep(tensor, tensors=tensors):
+            if tensor.shape[-2:] != (16, 16):  # the attention matrices of 16 tokens
+                tensors[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with FlopCounterMode(display=False) as counter:
+            half = torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16)
+            with half, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = model.loss(image, labels)[0]
+            loss.backward()
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        found[dtype] = sum(
+            tensor.untyped_storage().nbytes() for key, tensor in tensors.items() if key not in weights
+        )
+        assert counter.get_total_flops() == pytest.approx(flops, rel=1e-3)  # attention is counted otherwise
+    assert parameters == sum(p.numel() for p in model.parameters())
+    assert kept == pytest.approx(found[torch.float32], rel=0.02)
+    assert (found[torch.bfloat16] - 2 * parameters) / kept == pytest.approx(training.KEPT, abs=0.15)
+
+
+def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLOWSEG_DATA", str(tmp_path / "no-data"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    command = ["flowseg", "train", "--recipe", "ade20k", "--stage", "2", "--preset", "tiny", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        flowseg.main()
+    facts = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert stop.value.code == 0 and not list(tmp_path.iterdir())
+    assert (facts["lr"], facts["size"], facts["num_classes"]) == ("5e-05", "512", "150")
+    network = resolve({"recipe": "ade20k", "preset": "tiny"}, [])[1]
+    parameters, flops, kept = training.counted(network, 512)
+    assert facts["parameters"] == str(parameters) and facts["images at a time on each GPU"] == "4"
+    tera, memory = 16 * flops / 1e12, (22 * parameters + 4 * training.KEPT * kept) / 1e9
+    assert [float(value) for name, value in facts.items() if name.startswith("TFLOP")] == [round(tera, 3)]
+    assert float(facts["GB of GPU memory"]) == round(memory, 3)
+    hours = [float(value) for name, value in facts.items() if name.startswith("hours on one H100")]
+    assert hours == [round(160_000 * tera / (0.4 * 989) / 3600, 3)]
 
 
 def test_unavailable_device_is_named():
@@ -313,7 +402,7 @@ def test_unavailable_device_is_named():
 
 def test_a_run_writes_what_the_other_commands_need(tmp_path):
     assert run(tmp_path / "run", steps=2) == 0
-    names = {path.name for path in (tmp_path / "run").iterdir()}
+    names = {path.name for path in (tmp_path / "run").iterdir() if "tfevents" not in path.name}
     weights = {f"{name}.safetensors" for name in ("last", "best", "state")}  # one state: saved once
     assert names == weights | {"config.json", "metrics.jsonl", "preview.png"}
     metadata = FlowSeg.load(tmp_path / "run" / "last.safetensors").metadata
@@ -326,6 +415,22 @@ def test_a_run_writes_what_the_other_commands_need(tmp_path):
     assert [line["step"] for line in logged] == [1, 2, 2]
     assert {"loss", "fm", "phi", "grad", "lr", "grad_norm", "images_per_second"} <= logged[0].keys()
     assert logged[-1]["mIoU"] == metadata["mIoU"]
+
+
+def test_tensorboard_gets_what_the_log_gets_where_it_is_installed(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder):
+            self.folder, self.flush = folder, lambda: None
+
+        def add_scalar(self, name, value, step):
+            written.append((self.folder, step, name, value))
+
+    written = []
+    stub = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stub)
+    run(tmp_path / "run", steps=2)
+    logged = [(line["step"], name, value) for line in lines(tmp_path / "run") for name, value in line.items()]
+    assert written == [(tmp_path / "run", *entry) for entry in logged]
 
 
 def test_stored_score_is_bit_for_bit_what_eval_gives(tmp_path):
@@ -466,6 +571,27 @@ def test_init_starts_from_the_weights_of_another_run(tmp_path):
         run(tmp_path / "second", "hidden=32", steps=1, init=best)
 
 
+def test_the_second_stage_starts_from_the_best_weights_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RECIPES, "ade20k", {"1": {}, "2": {"init": "runs/ade20k-stage-1"}})
+    given = {"recipe": "ade20k", "stage": 2, "batch": 2, "size": 32, "max_steps": 1}
+    message = r"no weights in runs/ade20k-stage-1/: run `flowseg train --recipe ade20k --stage 1`"
+    with pytest.raises(RunError, match=message):
+        training.train(*resolve(given, TINY), Path("second"), "cpu", Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+    said = []
+    for folder, stage in (("runs/ade20k-stage-1", 1), ("second", 2)):
+        console = Console(soft_wrap=True)
+        with console.capture() as capture:
+            training.train(*resolve(given | {"stage": stage}, TINY), Path(folder), "cpu", console)
+        said.append(capture.get())
+    assert "from random weights: shapes" in said[0]
+    assert "from runs/ade20k-stage-1/best.safetensors: shapes" in said[1]
+    shutil.rmtree("runs")  # to go on takes the run's own state alone
+    assert training.train(*resolve(given, TINY), Path("second"), "cpu", Console(quiet=True)) == 0
+
+
 def test_the_state_from_before_the_failures_is_kept(tmp_path, monkeypatch):
     real, calls = FlowSeg.loss, []
 
@@ -484,7 +610,7 @@ def test_the_state_from_before_the_failures_is_kept(tmp_path, monkeypatch):
 def test_no_finite_gradient_any_more_stops_with_advice(tmp_path):
     message = (
         r"no finite gradient in 10 steps in a row, the last at step \d+, first in network\.\w+, "
-        r"t 0\.\d\d to 0\.\d\d; lower --lr, or look at shapes/training/\d+, shapes"
+        r"t 0\.\d\d to 0\.\d\d; lower --set lr=1e\+30, or look at shapes/training/\d+, shapes"
     )
     with pytest.raises(RunError, match=message):
         run(tmp_path / "run", "clip=1e30", steps=30, lr=1e30)
