@@ -71,6 +71,7 @@ def log(folder: Path, **values: float) -> None:
 
 @cache
 def tensorboard(folder: Path):
+    """The writer of a run, or None; importing it takes too long to be done by every command."""
     with suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
 
