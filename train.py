@@ -29,6 +29,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -292,8 +293,9 @@ def backward(model: FlowSeg, parts: list, own: list[torch.Generator], bfloat16: 
         loss.backward()
         for name, value in ({"loss": loss.detach()} | stats).items():
             totals[name] = totals.get(name, 0) + value
-    for parameter in model.parameters():
-        summed(parameter.grad)
+    if dist.is_initialized():
+        gradients = [parameter.grad for parameter in model.parameters()]
+        vector_to_parameters(summed(parameters_to_vector(gradients)), gradients)  # one message
     return totals
 
 
