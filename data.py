@@ -8,7 +8,6 @@ augmentation by (seed, epoch, index). Workers, ranks and resuming can therefore 
 """
 
 import difflib
-import os
 import re
 import tomllib
 from collections import Counter
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from download import advice, data_root
 from picture import SUFFIXES, PictureError, read_photo
 from shapes import GROUND, HUES, THINGS, scene
 
@@ -67,7 +67,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def _parse_toml(text: str) -> tuple[dict, LabelTable, dict[str, str]]:
     """Return all keys, label table and the folder name of each split; ValueError says what is wrong."""
-    given, known = tomllib.loads(text), ("name", "classes", "ids", "ignore", "splits", "source")
+    given, known = tomllib.loads(text), ("name", "classes", "ids", "ignore", "splits")
     for key in given:
         if key not in known:
             raise ValueError(f"unknown key {key!r}; expected {', '.join(known)}{nearest(key, known)}")
@@ -87,8 +87,8 @@ def _parse_toml(text: str) -> tuple[dict, LabelTable, dict[str, str]]:
         raise ValueError(f"{len(ids)} ids for {len(classes)} classes; expected one each, all within 0..65535")
     if both := set(ids) & set(ignore):
         raise ValueError(f"raw values {sorted(both)} are in both ids and ignore; keep one")
-    if len(splits) not in (2, 3) or {type(given.get(key, "")) for key in ("name", "source")} != {str}:
-        raise ValueError(f"name and source are strings, splits the 2 or 3 folders of {', '.join(SPLITS)}")
+    if len(splits) not in (2, 3) or not isinstance(given.get("name", ""), str):
+        raise ValueError(f"name is a string, splits the 2 or 3 folders of {', '.join(SPLITS)}")
     return given, LabelTable(classes, ids, ignore), dict(zip(SPLITS, splits, strict=False))
 
 
@@ -139,7 +139,9 @@ class Folder:
         if split not in folders:
             raise DataError(f"{self.name} has no {split} split; expected {' or '.join(folders)}")
         dirs = [Path(root) / kind / folders[split] for kind in ("images", "annotations")]
-        fix = given.get("source", f"make it, or name the folders by splits in {toml}")
+        fix = f"make it, or name the folders by splits in {toml}"
+        if toml in TABLES.values():
+            fix = advice(toml.stem, Path(root).parent)
         images, masks = map(_by_stem, dirs)
         self.pairs = [(images[stem], masks[stem]) for stem in images if stem in masks]
         self.unpaired = [f"{folder}: no such folder; {fix}" for folder in dirs if not folder.is_dir()][:1]
@@ -204,7 +206,7 @@ def open_dataset(dataset: str, split: str, root: Path | None = None, strict: boo
         raise DataError(f"split {split!r} is unknown; expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if dataset in ("shapes", "shapes-fine"):
         return Shapes(split, fine=dataset == "shapes-fine")
-    root = Path(root or os.environ.get("FLOWSEG_DATA") or "~/.cache/flowseg").expanduser()
+    root = data_root(root)
     own = (root / dataset / "dataset.toml").is_file()
     if own or dataset in TABLES:
         return Folder(root / dataset, split, strict, None if own else TABLES[dataset])

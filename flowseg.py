@@ -1,4 +1,4 @@
-"""The `flowseg` command: train, eval, segment, info.
+"""The `flowseg` command: train, eval, segment, info, download.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 ok, 1 some inputs failed, 2 usage, 3 data,
 4 download, 5 checkpoint, 130 and 143 signals. An error is one line; --debug adds the traceback. What needs
@@ -270,6 +270,23 @@ def _print_dataset(facts: dict) -> None:
     for problem in facts["problems"]:
         out.print(f"problem: {problem}", style="red", markup=False)
     out.print(f"problems: {len(facts['problems']) or 'none'}")
+
+
+@app.command()
+def download(
+    name: Literal["ade20k", "coco-stuff", "camvid", "pixnerd-xl-256", "pixnerd-xl-512", "dinov2-b14"],
+    root: Root = None,
+    url: Annotated[list[str] | None, Option(help="A mirror of a file; may be repeated.")] = None,
+    from_file: Annotated[list[str] | None, Option(help="A file on disk; may be repeated.")] = None,
+    sha256: Annotated[str | None, Option(help="Pin a file for which none is published.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what, from where and how much.")] = False,
+    keep_archive: Annotated[bool, Option("--keep-archive", help="Keep what was unpacked.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a data set or public weights; the same command continues after a stop."""
+    from download import download
+
+    download(name, root, [*(url or []), *(from_file or [])], sha256, dry_run, keep_archive, quiet)
 
 
 def _print_table(columns: tuple, rows: list[tuple]) -> None:

@@ -256,7 +256,7 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, number):
     (["eval", "missing.safetensors"], 5, ["missing.safetensors does not exist"]),
     (["info", "missing"], 3, ["'missing' not found"]),
     (["info", "ade2k"], 3, ["'ade2k' not found", "did you mean 'ade20k'"]),
-    (["train", "--dataset", "ade20k"], 3, ["no-data/ade20k/images/training: no such folder; get", "0.97 GB"]),
+    (["train", "--dataset", "ade20k"], 3, ["ade20k/images/training: no such folder; run", "970.0 MB"]),
     (["segment", "missing.jpg", "-o", "mask.png"], 1, ["missing.jpg"]),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else None)  # fmt: skip
 def test_a_mistake_is_one_line(tmp_path, arguments, code, words):

@@ -424,7 +424,7 @@ def test_open_dataset_finds_names_paths_and_the_nearest_match(tmp_path, monkeypa
         ("classes = ['a', 'a']", "different"),
         ("classes = ['a', 1]", "classes must be a list"),
         (f"classes = {[str(k) for k in range(256)]}", "256 names"),
-        ("class = ['a']", "unknown key 'class'; expected name, classes, ids, ignore, splits, source; did"),
+        ("class = ['a']", "unknown key 'class'; expected name, classes, ids, ignore, splits; did"),
         (CLASSES + "ids = [0, 1]", "2 ids for 3 classes"),
         (CLASSES + "ids = [0, 1, 1]", "ids must be a list of different int"),
         (CLASSES + "ids = [0, 1, true]", "ids must be a list of different int"),
@@ -432,8 +432,7 @@ def test_open_dataset_finds_names_paths_and_the_nearest_match(tmp_path, monkeypa
         (CLASSES + "ignore = [-1]", "0..65535"),
         (CLASSES + "ignore = [2, 255]", "[2] are in both ids and ignore"),
         (CLASSES + "splits = ['train']", "splits the 2 or 3 folders of training"),
-        (CLASSES + "name = 3", "name and source are strings"),
-        (CLASSES + "source = 3", "name and source are strings"),
+        (CLASSES + "name = 3", "name is a string"),
     ],
 )
 def test_errors_of_dataset_toml(tmp_path, toml, expected):
@@ -497,11 +496,16 @@ def test_a_folder_in_the_working_directory_is_not_taken_for_a_named_data_set(tmp
     assert open_dataset("./ade20k", "training", tmp_path / "elsewhere").labels.classes[0] == "sky"
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_an_absent_named_data_set_says_where_it_belongs_and_comes_from(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, size", [("ade20k", "970.0 MB"), ("camvid", "180.0 MB"), ("coco-stuff", "20.8 GB")]
+)
+def test_an_absent_named_data_set_says_where_it_belongs_and_how_to_get_it(tmp_path, monkeypatch, name, size):
     message = error_of(open_dataset, name, "training", tmp_path)
-    assert message.startswith(str(tmp_path / name / "images")) and "no such folder; get " in message
-    assert "http" in message and (" GB)" in message or " MB)" in message)
+    assert message.startswith(f"{tmp_path / name / 'images'}") and "no such folder; run flowseg " in message
+    assert f" download {name} --root {tmp_path} ({size}, as much again unpacked; " in message
+    assert message.endswith("B free)")
+    monkeypatch.setenv("FLOWSEG_DATA", str(tmp_path))
+    assert f" download {name} ({size}, " in error_of(open_dataset, name, "training")
 
 
 # ---- problems ----
