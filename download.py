@@ -177,6 +177,7 @@ def _fetch(row: dict, path: Path, console: Console) -> None:
                 bar.print(f"{row['url']}: {error}; trying again", style="yellow")
             time.sleep(2**failures / 2)
     part.rename(path)
+    part.with_suffix(".json").unlink()
 
 
 def _request(row: dict, file: BinaryIO, bar: progress.Progress, task: progress.TaskID) -> None:
