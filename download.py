@@ -16,11 +16,10 @@ import tomllib
 from contextlib import closing, suppress
 from http.client import HTTPException
 from pathlib import Path, PureWindowsPath
-from typing import BinaryIO
 from urllib.error import URLError
 from urllib.parse import unquote
 from urllib.request import Request, urlopen
-from zipfile import ZipFile, ZipInfo
+from zipfile import ZipFile
 
 from rich import progress
 from rich.console import Console
@@ -28,6 +27,7 @@ from rich.filesize import decimal
 from typer import BadParameter
 
 TABLE = Path(__file__).parent / "flowseg_data/downloads.toml"
+OTHER = "try another --url, or --from-file"
 COLUMNS = *progress.Progress.get_default_columns(), progress.DownloadColumn(), progress.TransferSpeedColumn()
 
 
@@ -61,8 +61,8 @@ def table(name: str, places: list[str] = (), sha256: str | None = None) -> list[
     for place in places:
         row = next((row for row in rows if len(rows) == 1 or row["file"] == unquote(Path(place).name)), None)
         if row is None or not (place.startswith(("http://", "https://")) or Path(place).is_file()):
-            expected = " or ".join(row["file"] for row in rows)
-            raise BadParameter(f"{place}; expected an http address or a file, {expected}")
+            names = " or ".join(row["file"] for row in rows)
+            raise BadParameter(f"{place}: expected file or http address of {names}")
         row["url"] = place
     if sha256:  # of the only file, or of the only one without a published digest
         if not re.fullmatch("[0-9a-f]{64}", sha256):
@@ -146,7 +146,7 @@ def _complete(row: dict, work: Path, keep: bool, console: Console) -> None:
             raise  # which says nothing about the file
         if own:
             path.unlink()
-        raise DownloadError(f"{path}: {error}; try another --url, or --from-file") from error
+        raise DownloadError(f"{path}: {error}; {OTHER}") from error
     if not published:
         print(f"{path.name}: sha256 is {digest}, none is published; --sha256 pins it")
     if folders and own and not keep:
@@ -172,15 +172,16 @@ def _fetch(row: dict, path: Path, console: Console) -> None:
                     file.truncate(file.seek(0))
                 failures = 1 if file.tell() > before else failures + 1
                 if failures == 5 or (code < 500 and code not in (408, 416, 429)):
-                    fix = "the same command continues, or takes another --url or --from-file"
-                    raise DownloadError(f"{row['url']}: {error}; {fix}") from error
+                    raise DownloadError(
+                        f"{row['url']}: {error}; the same command continues; or {OTHER}"
+                    ) from error
                 bar.print(f"{row['url']}: {error}; trying again", style="yellow")
             time.sleep(2**failures / 2)
     part.rename(path)
     part.with_suffix(".json").unlink()
 
 
-def _request(row: dict, file: BinaryIO, bar: progress.Progress, task: progress.TaskID) -> None:
+def _request(row: dict, file, bar: progress.Progress, task: int) -> None:
     """Ask once for what the file lacks, or for everything where the server's file is another one by now."""
     side, seen, have = Path(file.name).with_suffix(".json"), {}, file.tell()
     with suppress(OSError, ValueError):
@@ -197,9 +198,7 @@ def _request(row: dict, file: BinaryIO, bar: progress.Progress, task: progress.T
             raise ConnectionError("the file there has changed")
         if not more:
             if headers.get_content_type() == "text/html" or response.peek(1).lstrip()[:1] == b"<":
-                raise DownloadError(
-                    f"{row['url']}: a web page, not the file; try another --url, or --from-file"
-                )
+                raise DownloadError(f"{row['url']}: a web page, not the file; {OTHER}")
             file.truncate(file.seek(0))
             side.write_text(json.dumps(facts))
         size = int(length or row["size"])
@@ -230,18 +229,18 @@ def _unpack(path: Path, folders: list, work: Path, console: Console) -> None:
             archive.extract(info, work)
 
 
-def _inspect(members: list[ZipInfo], packed: int) -> None:
+def _inspect(members: list, packed: int) -> None:
     """Raise ValueError at what no honest maker packs; pictures hardly shrink."""
     size, names = sum(member.file_size for member in members), set()
     if len(members) > 500_000 or size > min(1e11, 100 * packed):
         raise ValueError(f"hostile, {len(members):,} members of {decimal(size)}")
     for member in members:
-        name, kind = PureWindowsPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
+        name, kind = member.orig_filename, stat.S_IFMT(member.external_attr >> 16)
         faults = {
-            "leads out of its folder": name.anchor or ".." in name.parts,
+            "leads out of its folder": PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts,
             "is a link or a device": kind not in (0, stat.S_IFREG, stat.S_IFDIR),
-            "occurs twice but for upper and lower case": member.filename.casefold() in names,
+            "occurs twice but for upper and lower case": name.casefold() in names,
         }
         for fault in filter(faults.get, faults):
-            raise ValueError(f"hostile, {member.filename!r} {fault}")
-        names.add(member.filename.casefold())
+            raise ValueError(f"hostile, {name!r} {fault}")
+        names.add(name.casefold())

@@ -78,9 +78,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    """Says nothing about clients that hang up."""
+
+    def handle_error(self, request, client_address):
+        pass
+
+
 @pytest.fixture
 def server():
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd = Server(("127.0.0.1", 0), Handler)
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     httpd.files, httpd.moved, httpd.codes, httpd.cuts, httpd.asked = {}, {}, [], [], []
     httpd.etag, httpd.date, httpd.kind = '"one"', "Mon, 01 Jan 2024 00:00:00 GMT", "application/octet-stream"
