@@ -139,9 +139,8 @@ class Folder:
         if split not in folders:
             raise DataError(f"{self.name} has no {split} split; expected {' or '.join(folders)}")
         dirs = [Path(root) / kind / folders[split] for kind in ("images", "annotations")]
-        fix = f"make it, or name the folders by splits in {toml}"
-        if toml in TABLES.values():
-            fix = advice(toml.stem, Path(root).parent)
+        own = f"make it, or name the folders by splits in {toml}"
+        fix = advice(toml.stem, Path(root).parent) if toml in TABLES.values() else own
         images, masks = map(_by_stem, dirs)
         self.pairs = [(images[stem], masks[stem]) for stem in images if stem in masks]
         self.unpaired = [f"{folder}: no such folder; {fix}" for folder in dirs if not folder.is_dir()][:1]
@@ -187,8 +186,7 @@ class Shapes:
     def __len__(self) -> int:
         return 1_000_000 if self.split == "training" else 200
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        return self.read(index)[:2]
+    __getitem__ = Folder.__getitem__  # read, then to train ids
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray, str]:
         """Draw a scene; its raw values are its train ids."""

@@ -10,14 +10,12 @@ import os
 import re
 import shutil
 import sqlite3
-import stat
 import time
 import tomllib
 from contextlib import closing, suppress
 from http.client import HTTPException
 from pathlib import Path, PureWindowsPath
 from urllib.error import URLError
-from urllib.parse import unquote
 from urllib.request import Request, urlopen
 from zipfile import ZipFile
 
@@ -59,7 +57,7 @@ def table(name: str, places: list[str] = (), sha256: str | None = None) -> list[
     """The files of a download, after --url, --from-file and --sha256."""
     rows = tomllib.loads(TABLE.read_text(encoding="utf-8"))[name]
     for place in places:
-        row = next((row for row in rows if len(rows) == 1 or row["file"] == unquote(Path(place).name)), None)
+        row = next((row for row in rows if len(rows) == 1 or row["file"] == Path(place).name), None)
         if row is None or not (place.startswith(("http://", "https://")) or Path(place).is_file()):
             names = " or ".join(row["file"] for row in rows)
             raise BadParameter(f"{place}: expected file or http address of {names}")
@@ -158,7 +156,7 @@ def _complete(row: dict, work: Path, keep: bool, console: Console) -> None:
 
 def _fetch(row: dict, path: Path, console: Console) -> None:
     """Fetch a file; try again where that may help, up to five times in a row that bring nothing."""
-    part, failures = Path(f"{path}.part"), 0
+    url, part, failures = row["url"], Path(f"{path}.part"), 0
     with open(part, "ab") as file, progress.Progress(*COLUMNS, console=console) as bar:
         task = bar.add_task(path.name)
         while True:
@@ -172,10 +170,8 @@ def _fetch(row: dict, path: Path, console: Console) -> None:
                     file.truncate(file.seek(0))
                 failures = 1 if file.tell() > before else failures + 1
                 if failures == 5 or (code < 500 and code not in (408, 416, 429)):
-                    raise DownloadError(
-                        f"{row['url']}: {error}; the same command continues; or {OTHER}"
-                    ) from error
-                bar.print(f"{row['url']}: {error}; trying again", style="yellow")
+                    raise DownloadError(f"{url}: {error}; the same command continues, or {OTHER}") from error
+                bar.print(f"{url}: {error}; trying again", style="yellow")
             time.sleep(2**failures / 2)
     part.rename(path)
     part.with_suffix(".json").unlink()
@@ -235,10 +231,10 @@ def _inspect(members: list, packed: int) -> None:
     if len(members) > 500_000 or size > min(1e11, 100 * packed):
         raise ValueError(f"hostile, {len(members):,} members of {decimal(size)}")
     for member in members:
-        name, kind = member.orig_filename, stat.S_IFMT(member.external_attr >> 16)
+        name, kind = member.orig_filename, member.external_attr >> 28  # of Unix: 4 a folder, 8 a file
         faults = {
             "leads out of its folder": PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts,
-            "is a link or a device": kind not in (0, stat.S_IFREG, stat.S_IFDIR),
+            "is a link or a device": kind not in (0, 4, 8),
             "occurs twice but for upper and lower case": name.casefold() in names,
         }
         for fault in filter(faults.get, faults):
