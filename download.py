@@ -81,27 +81,21 @@ def download(
 ) -> None:  # fmt: skip
     """Make a data set or weights complete and say so on stdout; `places` are copies and mirrors."""
     rows, root = table(name, places, sha256), data_root(root)
-    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
-    unpack = "folders" in rows[0]
+    unpack, work = "folders" in rows[0], root / f".{name}.part"
     home = root / (name if unpack else f"weights/{rows[0]['file']}")
-    complete = (home / ".complete" if unpack else home).exists()
-    if home.exists() and not complete:
+    if (home / ".complete" if unpack else home).exists():
+        print(f"{home} is complete")
+        return
+    if home.exists():
         raise DownloadError(f"{home} is not from this command; use it as it is, or move it away")
-    if not complete:
-        say = print if dry_run else console.print
-        for row in rows:
-            say(f"{row['file']}: {decimal(row['size']) if row['size'] else 'size unknown'} from {row['url']}")
-        say(f"to {home}; {free(root)}")
-        if dry_run:
-            return
-        _make(home, root / f".{name}.part", rows, keep, console)
-    print(f"{home} is complete")
-    if unpack:
-        print(f"next: {command('info', name, root)}, {command('train --dataset', name, root)}")
+    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
+    say = print if dry_run else console.print
+    for row in rows:
+        say(f"{row['file']}: {decimal(row['size']) if row['size'] else 'size unknown'} from {row['url']}")
+    say(f"to {home}; {free(root)}")
+    if dry_run:
+        return
 
-
-def _make(home: Path, work: Path, rows: list[dict], keep: bool, console: Console) -> None:
-    """Complete all files in the folder `work`, alone, then rename what they are for to `home`."""
     try:
         work.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(work.with_suffix(".lock"), timeout=0)) as lock:
@@ -109,7 +103,7 @@ def _make(home: Path, work: Path, rows: list[dict], keep: bool, console: Console
             for row in rows:
                 _complete(row, work, keep, console)
             home.parent.mkdir(exist_ok=True)
-            (work if "folders" in rows[0] else work / rows[0]["file"]).rename(home)
+            (work if unpack else work / rows[0]["file"]).rename(home)
             shutil.rmtree(work, ignore_errors=True)
     except sqlite3.OperationalError:
         raise DownloadError(f"{work}: another process is at it; wait for it, or stop it") from None
@@ -118,6 +112,9 @@ def _make(home: Path, work: Path, rows: list[dict], keep: bool, console: Console
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command continues", style="yellow")
         raise
+    print(f"{home} is complete")
+    if unpack:
+        print(f"next: {command('info', name, root)}, {command('train --dataset', name, root)}")
 
 
 def _complete(row: dict, work: Path, keep: bool, console: Console) -> None:
