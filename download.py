@@ -144,11 +144,11 @@ def _complete(row: dict, work: Path, keep: bool, console: Console) -> None:
         raise DownloadError(f"{path}: {error}; {OTHER}") from error
     if not published:
         print(f"{path.name}: sha256 is {digest}, none is published; --sha256 pins it")
-    if folders and own and not keep:
-        path.unlink()
     if not folders and not own:
         shutil.copyfile(path, work / row["file"])
     record.write_text(f"{done}{row['file']} {kind} {digest}\n")
+    if folders and own and not keep:
+        path.unlink()
 
 
 def _fetch(row: dict, path: Path, console: Console) -> None:
