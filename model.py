@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dino import load_dinov2 as load_dinov2
 from network import CheckpointError, Config, Features, Network, faults, read_pixnerd, widened
 
 IGNORE = 255  # label of pixels that count neither in the loss nor in the metric
@@ -125,6 +126,7 @@ class FlowSeg(nn.Module):
         mu = encode(config.num_classes, config.dims)
         self.register_buffer("centroids", mu, persistent=False)  # (N, dims)
         self.metadata: dict = {}  # what the file says besides the weights: class names, step, mIoU, ...
+        self.alignment: nn.Module | None = None  # see dino.py: in training only
 
     def velocity(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
         """v_theta(x_t, t, I): x (B, dims, H, W), t (B,) in [0, 1], image (B, 3, H, W) -> as x, float32."""

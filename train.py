@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import picture
 import run
 from data import IGNORE, Folder, Shapes, Stream, evenly_spaced, nearest, open_dataset
+from dino import Alignment
 from model import FlowSeg, draw, segment_photo, start_from, weights_hash
 from network import Config
 from run import RunError, process, summed
@@ -67,6 +68,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.995
+    teacher: str = ""  # DINOv2 weights to align the tokens with (REPA, dino.py); none: no alignment
+    repa_depth: int = 8  # blocks before these tokens; all of them in a shallower network
+    repa_weight: float = 0.5
     eval_every: int = 800
     save_every: int = 200
     log_every: int = 25
@@ -116,6 +120,8 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
     parts, patch = int(os.environ.get("WORLD_SIZE", 1)) * config.accumulate, model_config.patch_size
     if config.size % patch:
         raise RunError(f"size is {config.size}; expected a multiple of the patch size {patch}")
+    if config.repa_depth < 1:
+        raise RunError(f"repa_depth is {config.repa_depth}; expected at least 1")
     if config.batch % parts:
         raise RunError(f"batch is {config.batch}; expected a multiple of {parts}, processes x accumulate")
     return config, model_config
@@ -290,6 +296,9 @@ def backward(model: FlowSeg, parts: list, own: list[torch.Generator], bfloat16: 
         images, labels = images.to(device) / 127.5 - 1, labels.to(device, torch.int64)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, stats = model.loss(images, labels, own[i * len(images) :][: len(images)], count)
+            if model.alignment:  # a mean over all tokens of the batch, so this part's share of it
+                aligned = model.alignment(images) * len(images) / (len(own) * process()[1])
+                loss, stats["align"] = loss + model.alignment.weight * aligned, aligned.detach()
         loss.backward()
         for name, value in ({"loss": loss.detach()} | stats).items():
             totals[name] = totals.get(name, 0) + value
@@ -327,6 +336,8 @@ def train(
         run.claim(folder, {"train": asdict(config), "model": asdict(network)}, allow_changes)
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
+    if config.teacher:  # not before: its projector is trained and resumed with the model, but not exported
+        model.alignment = Alignment(model.network, config.teacher, config.repa_depth, config.repa_weight)
     optimizer = make_optimizer(model, config)
     step, validated, best = run.load_state(folder, model, ema, optimizer, console)
     model.network.recompute = config.recompute
@@ -339,7 +350,8 @@ def train(
         f"{data.name}, {len(data):,} images; "
         f"preset {config.preset}, {'bfloat16' if bfloat16 else 'float32'}; "
         f"{network.num_classes} classes, {network.encoding} in {network.dims} dimensions; "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")  # fmt: skip
+        f"{sum(p.numel() for p in ema.parameters()) / 1e6:.1f} M parameters; "
+        f"alignment {'with ' + config.teacher if config.teacher else 'off: --set teacher=FILE'}")  # fmt: skip
     console.print(shlex.join(sys.argv), *(" ".join(fact) for fact in run.environment().items()), sep="; ")
 
     def due(period: int) -> bool:
@@ -390,7 +402,7 @@ def train(
             optimizer.zero_grad()
             step += 1
             decay = min(config.ema, step / (10 + step))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(ema.network.parameters()), list(model.network.parameters()), 1 - decay)
 
             if due(config.log_every):
                 means = summed(torch.stack([*values.values()]).cpu()).tolist()

@@ -1,0 +1,386 @@
+"""The frozen teacher against golden data and a plain computation; alignment with it, in training, too."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import train as training
+from data import Shapes
+from dino import Alignment, DinoV2, teacher_input
+from model import CheckpointError, FlowSeg, load_dinov2, weights_hash
+from network import Config
+from run import RunError
+from tests import test_run
+from tests.test_cli import QUICK, fails, flowseg
+from train import TrainConfig, generators, resolve
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = ("hidden=16", "depth=2", "heads=2", "field_width=8", "conv_width=8", "steps=2", "log_every=1")
+
+
+def public(width=32, depth=2, patch=14, grid=4, registers=0, inner=None, seed=0):
+    """Random weights by the public names, large enough that every part matters."""
+    inner = inner or 4 * width
+    shapes = {
+        "cls_token": (1, 1, width), "pos_embed": (1, 1 + grid**2, width), "mask_token": (1, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,), "norm.bias": (width,),
+    }  # fmt: skip
+    if registers:
+        shapes["register_tokens"] = (1, registers, width)
+    for i in range(depth):
+        layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (inner, width),
+                  "mlp.fc2": (width, inner), "norm1": (width,), "norm2": (width,)}  # fmt: skip
+        for name, shape in layers.items():
+            shapes |= {f"blocks.{i}.{name}.weight": shape, f"blocks.{i}.{name}.bias": shape[:1]}
+        shapes |= {f"blocks.{i}.ls{j}.gamma": (width,) for j in (1, 2)}
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+
+
+def stored(folder, **sizes):
+    """A public file with such weights."""
+    path = folder / "teacher.pth"
+    torch.save(public(**sizes), path)
+    return path
+
+
+# ---------------------------------------------------------------- the teacher
+
+
+@pytest.mark.parametrize("case", ["0", "1"])
+def test_tokens_equal_the_public_dinov2(case):
+    io = load_file(GOLDEN / "dinov2_tiny_io.safetensors")
+    tokens = load_dinov2(GOLDEN / "dinov2_tiny.pth")(io[f"{case}.x"])
+    assert torch.allclose(tokens, io[f"{case}.x_norm_patchtokens"], atol=1e-5)
+
+
+def cubic(size, trained):
+    """(size, trained) weights of bicubic interpolation (a = -3/4) at the scale (size + 0.1) / trained."""
+    weights = torch.zeros(size, trained, dtype=torch.float64)
+    for i in range(size):
+        source = (i + 0.5) * trained / (size + 0.1) - 0.5
+        for j in range(math.floor(source) - 1, math.floor(source) + 3):
+            d, a = abs(source - j), -0.75
+            near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+            weights[i, min(max(j, 0), trained - 1)] += near if d <= 1 else far
+    return weights
+
+
+def plain(state, images, heads):
+    """DINOv2 step by step in float64: one head at a time, no fused function, LayerScale where it belongs."""
+    w = {name: tensor.double() for name, tensor in state.items()}
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    kernel, D = w["patch_embed.proj.weight"], w["cls_token"].shape[-1]
+    P, trained = kernel.shape[-1], math.isqrt(w["pos_embed"].shape[1] - 1)
+    rows, columns = images.shape[2] // P, images.shape[3] // P
+    cells = [images[:, :, i * P : i * P + P, j * P : j * P + P].double().flatten(1)
+             for i in range(rows) for j in range(columns)]  # fmt: skip
+    x = torch.stack(cells, dim=1) @ kernel.flatten(1).T + w["patch_embed.proj.bias"]
+    position = w["pos_embed"][0, 1:].view(trained, trained, D)
+    if (rows, columns) != (trained, trained):
+        position = torch.einsum("ha,wb,abd->hwd", cubic(rows, trained), cubic(columns, trained), position)
+    x = x + position.reshape(-1, D)
+    first = w["cls_token"] + w["pos_embed"][:, :1]
+    if "register_tokens" in w:
+        first = torch.cat([first, w["register_tokens"]], dim=1)
+    first = first.expand(len(x), -1, -1)
+    x = torch.cat([first, x], dim=1)
+    for i in range(len([name for name in w if name.endswith("ls1.gamma")])):
+        block = f"blocks.{i}"
+        qkv, seen = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv"), []
+        for head in torch.arange(D).chunk(heads):
+            q, k, v = (qkv[..., head + n * D] for n in range(3))
+            seen.append((q @ k.mT / len(head) ** 0.5).softmax(-1) @ v)
+        x = x + w[f"{block}.ls1.gamma"] * linear(torch.cat(seen, dim=-1), f"{block}.attn.proj")
+        inner = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+        x = x + w[f"{block}.ls2.gamma"] * linear(inner, f"{block}.mlp.fc2")
+    return norm(x, "norm")[:, first.shape[1] :]
+
+
+@pytest.mark.parametrize(("sizes", "heads", "grid"), [
+    ({}, 2, (4, 4)),  # the trained grid
+    ({}, 2, (2, 8)),  # as many patches, in another form
+    ({"registers": 4}, 2, (3, 5)),
+    ({"width": 48, "depth": 3, "patch": 8, "grid": 5}, 3, (7, 2)),
+    ({"width": 36, "depth": 1, "patch": 4, "grid": 3, "registers": 1, "inner": 50}, 6, (9, 11)),
+    ({"width": 384, "depth": 1, "grid": 7, "registers": 4}, 6, (5, 16)),  # the width of ViT-S
+    ({"width": 32, "depth": 4, "grid": 1}, 1, (1, 3)),
+])  # fmt: skip
+def test_tokens_equal_a_plain_computation(tmp_path, sizes, heads, grid):
+    path = stored(tmp_path, **sizes)
+    known = sizes.get("width", 32) // heads == (64 if sizes.get("width") == 384 else 16)
+    model = load_dinov2(path) if known else load_dinov2(path, heads)
+    images = torch.randn(2, 3, *(side * model.patch_size for side in grid))
+    tokens, expected = model(images), plain(public(**sizes), images, heads)
+    assert tokens.shape == expected.shape == (2, math.prod(grid), sizes.get("width", 32))
+    assert (tokens - expected).abs().max() < 1e-5
+
+
+def test_the_teacher_is_frozen():
+    model = load_dinov2(GOLDEN / "dinov2_tiny.pth")
+    model.train()
+    torch.nn.ModuleList([model]).train()
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert not model(torch.zeros(1, 3, 28, 28, requires_grad=True)).requires_grad
+    with pytest.raises(ValueError, match="expected multiples of 14 px"):
+        model(torch.zeros(1, 3, 28, 30))
+
+
+def test_the_published_sizes_are_those_of_vit_b():
+    with torch.device("meta"):
+        model = DinoV2(768, 12, 12, 3072, 14, 37, 0)
+    assert sum(p.numel() for p in model.parameters()) == 86_580_480 - 768  # published, less the mask token
+
+
+def nan(weights):
+    weights["blocks.1.mlp.fc1.weight"][0, 0] = math.nan
+
+
+FAULTS = {
+    "blocks.1.attn.proj.bias is missing, expected (32,)": lambda w: w.pop("blocks.1.attn.proj.bias"),
+    "or damaged ('pos_embed')": lambda w: w.pop("pos_embed"),
+    "ls1.gamma is missing, expected (32,); head is (3,), expected nothing": lambda w: (
+        w.pop("blocks.0.ls1.gamma"), w.update(head=torch.zeros(3)))[:0],
+    "norm.weight is (31,), expected (32,)": lambda w: w.update({"norm.weight": torch.zeros(31)}),
+    "cls_token is (1, 1, 8), expected (1, 1, 32)": lambda w: w.update(cls_token=torch.zeros(1, 1, 8)),
+    "pos_embed is (1, 16, 32), expected (1, 17, 32)": lambda w: w.update(pos_embed=torch.zeros(1, 16, 32)),
+    "register_tokens is (4, 32), expected (1, 4, 32)": lambda w: w.update(register_tokens=torch.zeros(4, 32)),
+    "blocks.1.mlp.fc1.weight is not finite, expected (128, 32)": nan,
+    "head.19 is (1,), expected nothing; and 5 more": lambda w: w.update(
+        {f"head.{i}": torch.zeros(1) for i in range(25)}),
+    "blocks.0.attn.qkv.weight is missing": lambda w: [w.pop(k) for k in [*w] if k.startswith("blocks")][:0],
+    "epoch is not finite, expected nothing": lambda w: w.update(epoch=3),
+    "Unsupported global: GLOBAL pathlib": lambda w: w.update(path=Path("x")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_what_does_not_fit_is_named(tmp_path, message):
+    weights = public()
+    FAULTS[message](weights)
+    torch.save(weights, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_dinov2(tmp_path / "bad.pth")
+    assert message in str(caught.value)
+    assert str(tmp_path / "bad.pth") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_named(tmp_path):
+    whole, path = (GOLDEN / "dinov2_tiny.pth").read_bytes(), tmp_path / "bad.pth"
+    reasons = {b"": "mmap", whole[:-10]: "failed finding central directory", b"no zip file" * 99: "mmap",
+               whole[:1000] + bytes(400) + whole[1400:]: "Unsupported operand"}  # fmt: skip
+    for content, reason in reasons.items():
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"bad.pth is no DINOv2 .*damaged \(.*{reason}.*\); down"):
+            load_dinov2(path)
+    for content, reason in ((torch.zeros(3), "no attribute 'pop'"), ({}, "no mode")):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=reason):
+            load_dinov2(path)
+    with pytest.raises(CheckpointError, match="No such file"):
+        load_dinov2(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError, match="its width 32 is not a multiple of 3 heads: pass num_heads"):
+        load_dinov2(GOLDEN / "dinov2_tiny.pth", 3)
+
+
+@pytest.mark.parametrize(("patch", "size"), [(16, (224, 112)), (8, (448, 224)), (4, (896, 448))])
+def test_the_teacher_sees_the_image_in_our_patches(patch, size):
+    levels = torch.tensor([-1.0, 0.0, 1.0])
+    seen = teacher_input(levels[None, :, None, None].expand(2, 3, 256, 128), patch)
+    assert seen.shape == (2, 3, *size)
+    expected = (torch.tensor([0, 0.5, 1]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    assert torch.allclose(seen, expected[:, None, None].expand_as(seen), atol=1e-5)
+    image = torch.rand(1, 3, 32, 48) * 2 - 1
+    assert torch.equal(teacher_input(image, 14, 14), teacher_input(image, 7, 7))  # no resizing
+    ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    assert (teacher_input(ramp, patch).diff(dim=3)[..., 99:-99] > 0).all()
+
+
+# ---------------------------------------------------------------- alignment
+
+
+def aligned(path, **changes):
+    torch.manual_seed(0)
+    sizes = {"hidden": 16, "depth": 3, "heads": 2, "conv_width": 8, "field_width": 8} | changes
+    model = FlowSeg(Config(5, **sizes))
+    torch.nn.init.normal_(model.network.head.weight)  # zero at first: nothing would reach the tokens
+    model.alignment = Alignment(model.network, path, 2, 0.5)
+    image = torch.rand(2, 3, 32, 48) * 2 - 1
+    return model, image, torch.randint(0, 5, (2, 32, 48))
+
+
+def test_alignment_is_one_minus_the_cosine_of_the_tokens_of_a_block(tmp_path):
+    model, image, labels = aligned(stored(tmp_path, width=24, grid=3))
+    seen = []
+    model.network.blocks[1].register_forward_hook(lambda block, inputs, tokens: seen.append(tokens))
+    model.loss(image, labels)
+    assert len(seen) == 2  # t = 0, then the uniform t that is aligned
+    projected = seen[1]
+    for layer in model.alignment.projector:
+        projected = projected * projected.sigmoid() if isinstance(layer, torch.nn.SiLU) else layer(projected)
+    target = plain(public(width=24, grid=3), teacher_input(image, 8), 1)
+    cosine = (projected * target).sum(-1) / (projected.norm(dim=-1) * target.norm(dim=-1))
+    assert projected.shape == target.shape == (2, 4 * 6, 24)
+    assert model.alignment(image).item() == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
+    model.alignment(image).backward()
+    reached = {name.rsplit(".", 1)[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert {"network.blocks.1.mlp.w1", "network.patch_embed", "alignment.projector.4"} <= reached
+    assert not any("blocks.2" in name or "field" in name for name in reached)
+    assert len([layer for layer in model.alignment.projector if isinstance(layer, torch.nn.Linear)]) == 3
+
+
+def test_the_teacher_is_in_no_state_and_a_deep_block_is_the_last(tmp_path):
+    path = stored(tmp_path)
+    model, image, labels = aligned(path, depth=1)
+    assert not any("teacher" in name for name in model.state_dict())
+    trained = {name for name, _ in model.named_parameters() if "network" not in name}
+    assert {name.rpartition(".")[0] for name in trained} == {f"alignment.projector.{i}" for i in (0, 2, 4)}
+    model.loss(image, labels)
+    assert 0 < model.alignment(image) < 2
+    with torch.autocast("cpu", torch.bfloat16):
+        model.loss(image, labels)
+        assert model.alignment(image).dtype == torch.float32
+
+
+def test_alignment_sees_the_tokens_of_a_compiled_network(tmp_path):
+    values = []
+    for compiled in (False, True):
+        model, image, labels = aligned(stored(tmp_path))
+        if compiled:
+            model.network.compile(backend="eager", fullgraph=True)  # the hook is in the graph
+        loss, _ = model.loss(image, labels, torch.Generator().manual_seed(0))
+        (loss + model.alignment(image)).backward()
+        values.append(torch.cat([loss[None].detach(), *(p.grad.flatten() for p in model.parameters())]))
+    assert torch.allclose(*values, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.fixture(autouse=True)
+def _few_scenes(monkeypatch):
+    monkeypatch.setattr(Shapes, "__len__", lambda self: 3 if self.split != "training" else 1_000_000)
+
+
+def run(folder, *settings, console=None, **given):
+    given = {"batch": 2, "size": 32, "max_steps": 4, "warmup": 1} | given
+    configs = resolve(given, [*TINY, *settings])
+    return training.train(*configs, folder, "cpu", console or Console(quiet=True))
+
+
+def test_alignment_is_learned_said_and_not_exported(tmp_path):
+    console, path = Console(soft_wrap=True), stored(tmp_path, registers=2)
+    with console.capture() as said:
+        run(tmp_path / "with", f"teacher={path}", "warmup=5", max_steps=40, console=console)
+    assert f"alignment with {path}" in said.get()
+    lines = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
+    values = [line["align"] for line in lines if "align" in line]
+    assert len(values) == 40
+    assert sum(values[-5:]) < 0.7 * sum(values[:5])
+    first = lines[0]
+    assert first["loss"] > 0.5 * first["align"] > 0.2  # a part of it
+
+    exported = load_file(tmp_path / "with" / "last.safetensors")
+    with console.capture() as said:
+        run(tmp_path / "without", max_steps=1, console=console)
+    assert "alignment off" in said.get()
+    assert exported.keys() == load_file(tmp_path / "without" / "last.safetensors").keys()
+    model = FlowSeg.load(tmp_path / "with" / "last.safetensors")
+    assert weights_hash(model) == model.metadata["protocol"]["weights"]
+    state = load_file(tmp_path / "with" / "state.safetensors")
+    projector = {name for name in state if name.startswith("model.alignment.projector")}
+    assert len(projector) == 6
+    assert {name for name in state if "alignment" in name and not name.startswith("optimizer")} == projector
+    assert "optimizer.alignment.projector.4.bias.exp_avg" in state
+
+
+def test_weight_zero_trains_as_without_a_teacher(tmp_path):
+    run(tmp_path / "zero", f"teacher={stored(tmp_path)}", "repa_weight=0", "clip=1e9")
+    run(tmp_path / "without", "clip=1e9")
+    zero, without = (load_file(tmp_path / name / "last.safetensors") for name in ("zero", "without"))
+    assert all(torch.equal(zero[name], without[name]) for name in without)
+
+
+@pytest.mark.parametrize("settings", [(), ("accumulate=2", "dtype=bfloat16")], ids=str)
+def test_an_interrupted_run_with_a_teacher_continues_bit_for_bit(tmp_path, monkeypatch, settings):
+    settings = (*settings, f"teacher={stored(tmp_path)}", "save_every=2")
+    run(tmp_path / "whole", *settings)
+    real, calls = training.backward, []
+
+    def stop_at_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(training, "backward", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", *settings)
+    run(tmp_path / "parts", *settings)
+    assert len(calls) == 3 + 2  # from step 2
+    for name in ("last", "state"):
+        whole, parts = (load_file(tmp_path / part / f"{name}.safetensors") for part in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path):
+    path, gradients = stored(tmp_path), []
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 5, (4, 32, 32), generator=generator, dtype=torch.uint8)
+    labels[2:, 5:] = 255  # the parts hold unequal numbers of labelled pixels, but of tokens
+    for parts in (1, 2):
+        model = aligned(path)[0]
+        split = [(i, y, None) for i, y in zip(images.chunk(parts), labels.chunk(parts), strict=True)]
+        own = generators(TrainConfig(batch=4), 0)
+        totals = training.backward(model, split, own, False)
+        assert not any(value.requires_grad for value in totals.values())
+        gradients.append([totals["loss"], totals["align"], *(p.grad for p in model.parameters())])
+    assert gradients[0][1] > 0.1
+    for whole, summed in zip(*gradients, strict=True):
+        assert torch.allclose(whole, summed, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), ("accumulate=2",)], ids=str)
+def test_two_processes_with_a_teacher_are_one(tmp_path, settings):
+    settings = (*settings, f"teacher={stored(tmp_path)}")
+    test_run.run(tmp_path / "one", *settings)
+    done = test_run.torchrun(tmp_path / "two", *settings)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "state.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=1e-3, atol=2e-5), key
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    values = [[line["align"] for line in map(json.loads, log) if "align" in line] for log in logs]
+    assert len(values[0]) == 4
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_mistakes_are_named_on_the_command_line(tmp_path):
+    (tmp_path / "bad.pth").write_bytes((GOLDEN / "dinov2_tiny.pth").read_bytes()[:-10])
+    command = "train", *QUICK, "--max-steps", 1, "--set", "teacher=bad.pth"
+    fails(flowseg(*command, cwd=tmp_path), 5, "bad.pth is no DINOv2 ViT-S, B or L, or damaged")
+    with pytest.raises(RunError, match="repa_depth is 0; expected at least 1"):
+        resolve({}, ["repa_depth=0"])
