@@ -15,11 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class CheckpointError(Exception):
-    """A weights file that cannot be used; the message is one line and says what to do."""
-
-    exit_code = 5
+from network import CheckpointError, faults
 
 
 @contextmanager
@@ -32,17 +28,6 @@ def public_file(path: str | Path, kind: str) -> Iterator[dict]:
         text = str(error).partition("WeightsUnpickler error:")[2] or str(error) or repr(error)
         reason = text.strip().splitlines()[0].split(". ")[0]
         raise CheckpointError(f"{path} is no {kind}, or damaged ({reason}); download it again") from error
-
-
-def check_weights(weights: dict[str, Tensor], wanted: dict[str, tuple]) -> None:
-    """ValueError that lists what is missing, unknown, of another shape than wanted, or not finite."""
-    given = {name: tuple(value.shape) if torch.is_tensor(value) and value.isfinite().all() else "not finite"
-             for name, value in weights.items()}  # fmt: skip
-    faults = [f"{name} is {given.get(name, 'missing')}, expected {wanted.get(name, 'nothing')}"
-              for name in wanted | given if given.get(name) != wanted.get(name)]  # fmt: skip
-    if faults:
-        more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
-        raise ValueError("; ".join(faults[:20]) + more)
 
 
 class Block(nn.Module):
@@ -108,14 +93,16 @@ def load_dinov2(path: str | Path, num_heads: int | None = None) -> DinoV2:
         inner = mode([*(b.numel() for name, b in weights.items() if name.endswith("fc1.bias")), 4 * width])
         patch = math.isqrt(weights["patch_embed.proj.weight"].numel() // (3 * width))
         grid = math.isqrt(weights["pos_embed"].numel() // width)
-        registers = weights.setdefault("register_tokens", torch.zeros(1, 0, width)).numel() // width
+        registers = weights["register_tokens"].numel() // width if "register_tokens" in weights else 0
         heads = num_heads or max(1, width // (64 if width >= 384 else 16))
         if width % heads:
             raise ValueError(f"its width {width} is not a multiple of {heads} heads: pass num_heads")
         with torch.device("meta"):
             model = DinoV2(width, depth, heads, inner, patch, grid, registers)
-        check_weights(weights, {name: tuple(p.shape) for name, p in model.named_parameters()})
-        model.load_state_dict(weights, assign=True)
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.numel()}
+        if listed := faults(weights, shapes):
+            raise ValueError(listed)
+        model.load_state_dict({"register_tokens": torch.zeros(1, 0, width)} | weights, assign=True)
     return model.float().requires_grad_(False).eval()
 
 
