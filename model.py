@@ -30,8 +30,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dino import load_dinov2 as load_dinov2
-from network import CheckpointError, Config, Features, Network, faults, read_pixnerd, widened
+from network import Config, Features, Network
+from public import CheckpointError, faults, read_pixnerd, widened
+from public import load_dinov2 as load_dinov2
 
 IGNORE = 255  # label of pixels that count neither in the loss nor in the metric
 PRIMES = [n for n in range(2, 1614) if all(n % k for k in range(2, math.isqrt(n) + 1))]  # 255 of them
@@ -126,7 +127,7 @@ class FlowSeg(nn.Module):
         mu = encode(config.num_classes, config.dims)
         self.register_buffer("centroids", mu, persistent=False)  # (N, dims)
         self.metadata: dict = {}  # what the file says besides the weights: class names, step, mIoU, ...
-        self.alignment: nn.Module | None = None  # see dino.py: in training only
+        self.alignment: nn.Module | None = None  # see public.py: in training only
 
     def velocity(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
         """v_theta(x_t, t, I): x (B, dims, H, W), t (B,) in [0, 1], image (B, 3, H, W) -> as x, float32."""
@@ -140,7 +141,7 @@ class FlowSeg(nn.Module):
         return self._velocity(x, t, self.network.encode(image))
 
     def _velocity(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
-        return self.network(x, t, features)[0]
+        return self.network(x, t, features)
 
     def source(self, image: Tensor) -> Tensor:
         """x0 (B, dims, H, W): the image and zeros."""
@@ -339,10 +340,7 @@ def _sync(path: Path) -> None:
 
 
 def import_pixnerd(path: str | Path) -> FlowSeg:
-    """The EMA network of a public PixNerd checkpoint, blind to the image, and the least around it: 2 classes.
-
-    Every key, shape and value is checked. The weights stay in the file, uncopied, until they are used.
-    """
+    """The EMA network of a public PixNerd checkpoint, blind to the image, with the least of classes: two."""
     network = read_pixnerd(path)
     return FlowSeg(network.config, network).eval()
 
@@ -351,8 +349,8 @@ def start_from(model: FlowSeg, path: str | Path) -> None:
     """Copy the network weights of a checkpoint, ours or a public PixNerd's; the classes may be others."""
     path = Path(path)
     source = FlowSeg.load(path) if path.suffix == ".safetensors" else from_public(path)
-    weights, own = widened(source.network, model.network), model.network.state_dict()
-    if listed := faults(weights, {name: tuple(value.shape) for name, value in own.items()}):
+    weights = widened(source.network, model.network)
+    if listed := faults(weights, model.network.state_dict()):
         raise CheckpointError(f"{path} has another network ({listed}); match --preset")
     model.network.load_state_dict(weights)
 

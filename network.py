@@ -8,26 +8,16 @@ Shapes: B images, L = H/P W/P tokens of width D, P P pixels a token, width Dx in
 """
 
 import math
-import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from statistics import mode
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-
-class CheckpointError(Exception):
-    """A weights file that cannot be used; the message is one line and says what to do."""
-
-    exit_code = 5
 
 
 @dataclass(frozen=True)
@@ -208,7 +198,7 @@ class Network(nn.Module):
         super().__init__()
         c, p = config, config.patch_size
         self.config = c
-        self.recompute = False  # in the backward pass, instead of keeping what the neural field computed
+        self.recompute = False  # blocks and neural field again in the backward pass: keeps far less
         self.patch_embed = nn.Linear(c.dims * p * p, c.hidden)
         self.time_mlp = nn.Sequential(nn.Linear(256, c.hidden), nn.SiLU(), nn.Linear(c.hidden, c.hidden))
         self.no_class = nn.Parameter(torch.zeros(c.hidden))
@@ -254,31 +244,30 @@ class Network(nn.Module):
         with torch.autocast(t.device.type, enabled=False):
             return self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
-    def forward(self, x: Tensor, t: Tensor, features: Features, depth: int = 0) -> tuple[Tensor, Tensor]:
-        """x: (B, dims, H, W), t: (B,) -> velocity (as x, float32), tokens (B, L, D) after `depth` blocks."""
+    def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
+        """x: (B, dims, H, W), t: (B,) in [0, 1] -> velocity, as x, float32."""
         B, C, H, W = x.shape
         p = self.config.patch_size
         h, w = H // p, W // p
         image_tokens, image_query, image_velocity = features
         cells = patches(x, p)  # (B, L, C, P, P)
         time = self.time(t)[:, None]  # (B, 1, D)
+        run = partial(checkpoint, use_reentrant=False) if self.recompute else lambda part, *a: part(*a)
 
-        tokens = seen = self.patch_embed(cells.flatten(2)) + image_tokens  # (B, L, D)
+        tokens = self.patch_embed(cells.flatten(2)) + image_tokens  # (B, L, D)
         condition = F.silu(time[:, 0] + self.no_class)
         cos, sin = rotary(h, w, self.config.hidden // self.config.heads, x.device)
-        for i, block in enumerate(self.blocks, start=1):
-            tokens = block(tokens, condition, cos, sin)
-            seen = tokens if i == depth else seen
+        for block in self.blocks:
+            tokens = run(block, tokens, condition, cos, sin)
 
         s = F.silu(time + tokens).flatten(0, 1)  # (B L, D)
         pixels = cells.flatten(0, 1).flatten(2).transpose(1, 2)  # (B L, P P, C)
         weights = [block.generator(s) for block in self.field]  # (B L, 2 Dx r Dx) each
-        paint = partial(checkpoint, self.paint, use_reentrant=False) if self.recompute else self.paint
         chunk = max(1, CHUNK // (p * p * self.config.field_ratio * self.config.field_width))
         chunk = chunk if x.device.type == "cpu" and not torch.compiler.is_compiling() else len(s)
         parts = zip(*(a.split(chunk) for a in (pixels, image_query, image_velocity, *weights)), strict=True)
-        out = torch.cat([paint(*part) for part in parts]).float()  # (B L, P P, C)
-        return out.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W), seen
+        out = torch.cat([run(self.paint, *part) for part in parts]).float()  # (B L, P P, C)
+        return out.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
 
     def paint(self, x: Tensor, query: Tensor, velocity: Tensor, *weights: Tensor) -> Tensor:
         """The neural fields of n tokens: pixels x (n, P P, C) and the image's part -> (n, P P, C)."""
@@ -286,85 +275,3 @@ class Network(nn.Module):
         for block, generated in zip(self.field, weights, strict=True):
             q = block(q, generated)
         return self.head(self.head_norm(q)) + velocity
-
-
-PIXNERD = tomllib.loads((Path(__file__).parent / "flowseg_data" / "pixnerd.toml").read_text())
-
-
-def read_pixnerd(path: str | Path) -> Network:
-    """The EMA network of a public checkpoint. Its image path is zero; of the class table it has the last row,
-    "no class". CheckpointError: a key, a shape or a value is not what it should be. Nothing is copied: the
-    weights are views of the file.
-    """
-    try:
-        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")["state_dict"]
-        skipped = "denoiser.", "diffusion_trainer."  # the weights that the EMA follows, and what trained them
-        found = {key: value for key, value in state.items() if not key.startswith(skipped)}
-        config, num_rows = pixnerd_config({key: value.shape for key, value in found.items()})
-        with torch.device("meta"):  # shapes without values
-            network = Network(config)
-        ours = network.state_dict()
-        names = {name: pixnerd_name(name, config.depth) for name in ours if not name.startswith("image_to")}
-        shapes = {key: tuple(ours[name].shape) for name, key in names.items()}
-        listed = faults(found, shapes | {names["no_class"]: (num_rows, config.hidden)})
-    except Exception as error:  # foreign bytes make torch.load raise anything at all
-        listed = (str(error) or repr(error)).splitlines()[0]
-    if listed:
-        raise CheckpointError(f"{path} is a damaged PixNerd checkpoint or none ({listed})")
-    weights = {k: found[names[k]].float() if k in names else torch.zeros(v.shape) for k, v in ours.items()}
-    network.load_state_dict(weights | {"no_class": weights["no_class"][-1].clone()}, assign=True)
-    return network
-
-
-def pixnerd_name(name: str, depth: int) -> str:
-    """What a public checkpoint with `depth` transformer blocks calls a parameter of ours."""
-    name = re.sub(r"^field\.(\d+)", lambda match: f"blocks.{depth + int(match[1])}", name)
-    return ".".join(["ema_denoiser", *(PIXNERD.get(part, part) for part in name.split("."))])
-
-
-def pixnerd_config(shapes: dict[str, torch.Size]) -> tuple[Config, int]:
-    """The configuration that a public checkpoint's shapes tell, and the number of rows of its class table.
-
-    What most of them say counts, so that a single missing or wrong tensor is found to be just that.
-    """
-
-    def size(name: str, axis: int = 0) -> int:
-        return mode([s[axis] for key, s in shapes.items() if re.search(name, key) and len(s) > axis] or [4])
-
-    blocks = [*dict(re.findall(r"\bblocks\.(\d+)\.(attn|param_generator)", " ".join(shapes))).values()]
-    hidden, width = size(r"(qkv|w1|w3)\.weight", 1), size(r"x_embedder|final_layer\.norm")
-    return Config(
-        num_classes=2, dims=3, conv_width=0, patch_size=math.isqrt(size(r"s_embedder\.proj\.weight", 1) // 3),
-        hidden=hidden, depth=blocks.count("attn"), heads=hidden // size("[qk]_norm"), field_width=width,
-        field_depth=blocks.count("param_generator"), field_ratio=size("param_generator") // (2 * width**2),
-    ), size("embedding_table")  # fmt: skip
-
-
-def widened(source: Network, target: Network) -> dict[str, Tensor]:
-    """The weights of `source`, which fit `target` even if that has more state channels or an image encoder.
-
-    What is new gets weight zero, so the velocity stays the same; a source that sees the image is left as is.
-    """
-    weights, own = source.state_dict(), target.state_dict()
-    if any(value.any() for name, value in weights.items() if name.startswith("image_to")):
-        return weights
-    dims, area = source.config.dims, target.config.patch_size**2
-    more = max(0, target.config.dims - dims)
-    state, positions = weights["pixel_embed.weight"].split([dims, 64], dim=1)
-    weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, more)), positions], dim=1)
-    weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
-    weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, more))
-    weights["head.bias"] = F.pad(weights["head.bias"], (0, more))
-    weights |= {name: torch.zeros_like(value) for name, value in own.items() if name.startswith("image_to")}
-    return weights | {name: value for name, value in own.items() if name.startswith("encoder")}
-
-
-def faults(found: dict[str, Tensor], shapes: dict[str, tuple]) -> str:
-    """How many tensors are missing, unknown, of another shape or not finite, and the first; or nothing."""
-    given = {}
-    for key, value in found.items():
-        finite = torch.stack(value.aminmax()).isfinite().all()  # takes no memory, as isfinite alone would
-        given[key] = tuple(value.shape) if finite else "not finite"
-    wrong = [f"{key} is {given.get(key, 'missing')}, expected {shapes.get(key, 'nothing')}"
-             for key in shapes | given if given.get(key) != shapes.get(key)]  # fmt: skip
-    return f"{len(wrong)} faults: " + "; ".join(wrong[:3] + [".."] * (len(wrong) > 3)) if wrong else ""

@@ -36,9 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import picture
 import run
 from data import IGNORE, Folder, Shapes, Stream, evenly_spaced, nearest, open_dataset
-from dino import Alignment
 from model import FlowSeg, draw, segment_photo, start_from, weights_hash
 from network import Config
+from public import Alignment
 from run import RunError, process, summed
 
 Dataset = Folder | Shapes
@@ -68,7 +68,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.995
-    teacher: str = ""  # DINOv2 weights to align the tokens with (REPA, dino.py); none: no alignment
+    teacher: str = ""  # DINOv2 weights to align the tokens with (REPA, public.py); none: no alignment
     repa_depth: int = 8  # blocks before these tokens; all of them in a shallower network
     repa_weight: float = 0.5
     eval_every: int = 800

@@ -125,7 +125,7 @@ def network_step(network: nn.Module, encoder: nn.Module, tiny: bool) -> Callable
     def step() -> None:
         network.zero_grad()
         leaves = [f.detach().requires_grad_(f.is_floating_point()) for f in features]
-        network(x, t, leaves)[0].square().mean().backward()
+        network(x, t, leaves).square().mean().backward()
 
     return step
 

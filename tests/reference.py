@@ -91,7 +91,7 @@ class Reference(Network):
         query = of_pixels(unfolded(pixels, P), D)
         return self.image_to_token(coarse), self.image_to_pixel(query), self.image_to_velocity(query)
 
-    def forward(self, x: Tensor, t: Tensor, features: Features, depth: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
         B, C, H, W = x.shape
         P = self.config.patch_size
         image_tokens, image_query, image_velocity = features
@@ -101,11 +101,11 @@ class Reference(Network):
         turn = rotation(H // P, W // P, self.config.hidden // self.config.heads)
 
         cells = unfolded(x, P)
-        states = [self.patch_embed(cells) + image_tokens]
+        tokens = self.patch_embed(cells) + image_tokens
         for block in self.blocks:
-            states.append(transformed(block, states[-1], condition, turn))
+            tokens = transformed(block, tokens, condition, turn)
 
-        s = F.silu(time[:, None] + states[-1]).flatten(0, 1)  # (B L, D)
+        s = F.silu(time[:, None] + tokens).flatten(0, 1)  # (B L, D)
         pixels = of_pixels(cells, C)
         q = (
             self.pixel_embed(torch.cat([pixels, cosines(P).expand(len(pixels), -1, -1)], dim=-1))
@@ -115,4 +115,4 @@ class Reference(Network):
             q = painted(block, q, s)
         out = self.head(normed(self.head_norm, q)) + image_velocity  # (B L, P P, C)
         out = out.transpose(1, 2).reshape(B, -1, C * P * P).transpose(1, 2)  # (B, C P P, L)
-        return F.fold(out, (H, W), P, stride=P), states[depth]
+        return F.fold(out, (H, W), P, stride=P)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import train as training
 from data import Shapes
-from dino import Alignment, DinoV2, teacher_input
 from model import CheckpointError, FlowSeg, load_dinov2, weights_hash
 from network import Config
+from public import Alignment, DinoV2, teacher_input
 from run import RunError
 from tests import test_run
 from tests.test_cli import QUICK, fails, flowseg

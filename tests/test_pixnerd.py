@@ -66,12 +66,13 @@ def config_of(num_classes: int = 2, **changes) -> Config:
 def test_the_golden_network_is_the_public_one(case):
     model = import_pixnerd(GOLDEN / "pixnerd_tiny.ckpt")
     io = load_file(GOLDEN / "pixnerd_tiny_io.safetensors")
-    x, t = io[f"{case}.x"], io[f"{case}.t"]
+    x, t, tokens = io[f"{case}.x"], io[f"{case}.t"], []
+    model.network.blocks[1].register_forward_hook(lambda block, inputs, output: tokens.append(output))
     with torch.no_grad():
-        out, tokens = model.network(x, t, model.network.encode(x), depth=2)
+        out = model.network(x, t, model.network.encode(x))
         assert torch.equal(model.velocity(x, t, torch.zeros_like(x)), out)  # blind to the image
     assert torch.allclose(out, io[f"{case}.out"], atol=1e-5)
-    assert torch.allclose(tokens, io[f"{case}.block2"], atol=1e-5)
+    assert torch.allclose(tokens[0], io[f"{case}.block2"], atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -90,10 +91,8 @@ def test_any_network_in_the_public_format_is_the_plain_one(seed, tmp_path):
     x = torch.randn(2, 3, config.patch_size * rng.randint(1, 5), config.patch_size * rng.randint(2, 6))
     t = torch.rand(2)
     with torch.no_grad():
-        ours = model.network(x, t, model.network.encode(x), config.depth)
-        theirs = plain(x, t, plain.encode(x), config.depth)
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a - b).abs().max() < 1e-5 * b.abs().max().clamp_min(1)
+        ours, theirs = (network(x, t, network.encode(x)) for network in (model.network, plain))
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max().clamp_min(1)
 
 
 def test_half_precision_is_read_as_float32(tmp_path):
@@ -143,12 +142,12 @@ def test_unknown_keys_are_named_and_the_rest_counted(tmp_path):
     state = TINY | {"ema_denoiser.blocks.0.extra": torch.zeros(1), "vae.scale": torch.zeros(1)}
     with pytest.raises(
         CheckpointError,
-        match=r"2 faults: .*\.extra is \(1,\), expected nothing; vae\.scale is \(1,\), expected nothing\)$",
+        match=r"2 faults: .*\.extra is \(1,\), expected nothing; vae\.scale is \(1,\), expected nothing\); ",
     ):
         import_pixnerd(write(tmp_path / "x.ckpt", state))
     for key in KEYS[:4]:
         state.pop(f"ema_denoiser.{key}")
-    with pytest.raises(CheckpointError, match=r"6 faults: (\S+ is missing, expected [^;]+; ){3}\.\.\)$"):
+    with pytest.raises(CheckpointError, match=r"6 faults: (\S+ is missing, expected [^;]+; ){3}\.\.\); "):
         import_pixnerd(write(tmp_path / "x.ckpt", state))
 
 
@@ -159,7 +158,7 @@ def test_files_that_are_no_checkpoint_leave_nothing_behind(tmp_path):
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"x\.ckpt is a damaged PixNerd checkpoint or none \("):
+        with pytest.raises(CheckpointError, match=r"x\.ckpt is no PixNerd checkpoint, or damaged \("):
             start_from(model, path)
     for content in (
         {"state_dict": TINY | {"ema_denoiser.text": "text"}},
@@ -173,6 +172,7 @@ def test_files_that_are_no_checkpoint_leave_nothing_behind(tmp_path):
         with pytest.raises(CheckpointError) as caught:
             start_from(model, str(path))
         assert caught.value.exit_code == 5 and "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)  # the advice to switch the safety off
     assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
 
 
@@ -192,7 +192,7 @@ def test_a_model_of_more_channels_and_with_an_encoder_starts_as_the_public_netwo
         start_from(model, path)
         x, t, image = torch.randn(2, model.config.dims, 12, 20), torch.rand(2), torch.rand(2, 3, 12, 20)
         with torch.no_grad():
-            v, expected = model.velocity(x, t, image), plain(x[:, :3], t, plain.encode(x[:, :3]))[0]
+            v, expected = model.velocity(x, t, image), plain(x[:, :3], t, plain.encode(x[:, :3]))
         assert torch.allclose(v[:, :3], expected, rtol=1e-5, atol=1e-5)
         assert not v[:, 3:].any()
     assert all(torch.equal(model.network.get_parameter(name), value) for name, value in encoder.items())

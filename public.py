@@ -1,10 +1,14 @@
-"""The frozen DINOv2 teacher (arXiv 2304.07193) and representation alignment with it (REPA, arXiv 2410.06940).
+"""Public weights: those of PixNerd (arXiv 2507.23268), to start from, and of the frozen teacher DINOv2
+(arXiv 2304.07193) with what it is for, representation alignment (REPA, arXiv 2410.06940): a small MLP has to
+read from our tokens what the teacher sees in their place in the clean image.
 
-A vision transformer trained without labels sees the clean image, and a small MLP has to read from our tokens
-what it sees in their place. Its modules carry the names of the public files, which are read as they are.
+Nothing in a foreign file is run, and every key, shape and value in it is checked. The weights stay in the
+file, uncopied, until they are used.
 """
 
 import math
+import re
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,19 +19,99 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from network import CheckpointError, faults
+from network import Config, Network
+
+PIXNERD = tomllib.loads((Path(__file__).parent / "flowseg_data/pixnerd.toml").read_text())
+
+
+class CheckpointError(Exception):
+    """A weights file that cannot be used; the message is one line and says what to do."""
+
+    exit_code = 5
 
 
 @contextmanager
 def public_file(path: str | Path, kind: str) -> Iterator[dict]:
-    """What a public `.pth` or `.ckpt` holds, mapped; nothing in it is run. An error while it is made use of
-    becomes a CheckpointError."""
+    """What a public `.pth` or `.ckpt` holds. An error while it is made use of becomes a CheckpointError."""
     try:
         yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # foreign bytes make torch.load raise anything at all
         text = str(error).partition("WeightsUnpickler error:")[2] or str(error) or repr(error)
         reason = text.strip().splitlines()[0].split(". ")[0]
         raise CheckpointError(f"{path} is no {kind}, or damaged ({reason}); download it again") from error
+
+
+def faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """How many tensors are missing, unknown, of another shape or not finite, and the first; or nothing."""
+    shapes, given = {key: tuple(value.shape) for key, value in expected.items()}, {}
+    for key, value in found.items():
+        finite = torch.stack(value.aminmax()).isfinite().all()  # takes no memory, as isfinite alone would
+        given[key] = tuple(value.shape) if finite else "not finite"
+    wrong = [f"{key} is {given.get(key, 'missing')}, expected {shapes.get(key, 'nothing')}"
+             for key in shapes | given if given.get(key) != shapes.get(key)]  # fmt: skip
+    return f"{len(wrong)} faults: " + "; ".join(wrong[:3] + [".."] * (len(wrong) > 3)) if wrong else ""
+
+
+def read_pixnerd(path: str | Path) -> Network:
+    """The EMA network of a public checkpoint. Its image path is zero; of the class table it has the last row,
+    "no class"."""
+    with public_file(path, "PixNerd checkpoint") as file:
+        skipped = "denoiser.", "diffusion_trainer."  # the weights that the EMA follows, and what trained them
+        found = {key: value for key, value in file["state_dict"].items() if not key.startswith(skipped)}
+        config = pixnerd_config({key: value.shape for key, value in found.items()})
+        with torch.device("meta"):  # shapes without values
+            network = Network(config)
+        ours = network.state_dict()
+        names = {name: pixnerd_name(name, config.depth) for name in ours if not name.startswith("image_to")}
+        table, expected = names["no_class"], {key: ours[name] for name, key in names.items()}
+        expected[table] = ours["no_class"].expand(len(found.get(table, "1")), -1)  # any number of classes
+        if listed := faults(found, expected):
+            raise ValueError(listed)
+        weights = {name: found[key].float() for name, key in names.items()}
+        weights |= {name: torch.zeros(value.shape) for name, value in ours.items() if name not in names}
+        network.load_state_dict(weights | {"no_class": weights["no_class"][-1].clone()}, assign=True)
+    return network
+
+
+def pixnerd_name(name: str, depth: int) -> str:
+    """What a public checkpoint with `depth` transformer blocks calls a parameter of ours."""
+    name = re.sub(r"^field\.(\d+)", lambda match: f"blocks.{depth + int(match[1])}", name)
+    return ".".join(["ema_denoiser", *(PIXNERD.get(part, part) for part in name.split("."))])
+
+
+def pixnerd_config(shapes: dict[str, torch.Size]) -> Config:
+    """The configuration that a public checkpoint's shapes tell. What most of them say counts, so that a
+    single missing or wrong tensor is found to be just that."""
+
+    def size(name: str, axis: int = 0) -> int:
+        return mode([s[axis] for key, s in shapes.items() if re.search(name, key) and len(s) > axis] or [4])
+
+    blocks = [*dict(re.findall(r"\bblocks\.(\d+)\.(attn|param_generator)", " ".join(shapes))).values()]
+    hidden, width = size(r"(qkv|w1|w3)\.weight", 1), size(r"x_embedder|final_layer\.norm")
+    return Config(
+        num_classes=2, dims=3, conv_width=0, patch_size=math.isqrt(size(r"s_embedder\.proj\.weight", 1) // 3),
+        hidden=hidden, depth=blocks.count("attn"), heads=hidden // size("[qk]_norm"), field_width=width,
+        field_depth=blocks.count("param_generator"), field_ratio=size("param_generator") // (2 * width**2),
+    )  # fmt: skip
+
+
+def widened(source: Network, target: Network) -> dict[str, Tensor]:
+    """The weights of `source`, which fit `target` even if that has more state channels or an image encoder.
+
+    What is new gets weight zero, so the velocity stays the same; a source that sees the image is left as is.
+    """
+    weights, own = source.state_dict(), target.state_dict()
+    if any(value.any() for name, value in weights.items() if name.startswith("image_to")):
+        return weights
+    dims, area = source.config.dims, target.config.patch_size**2
+    more = max(0, target.config.dims - dims)
+    state, positions = weights["pixel_embed.weight"].split([dims, 64], dim=1)
+    weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, more)), positions], dim=1)
+    weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
+    weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, more))
+    weights["head.bias"] = F.pad(weights["head.bias"], (0, more))
+    weights |= {name: torch.zeros_like(value) for name, value in own.items() if name.startswith("image_to")}
+    return weights | {name: value for name, value in own.items() if name.startswith("encoder")}
 
 
 class Block(nn.Module):
@@ -99,8 +183,7 @@ def load_dinov2(path: str | Path, num_heads: int | None = None) -> DinoV2:
             raise ValueError(f"its width {width} is not a multiple of {heads} heads: pass num_heads")
         with torch.device("meta"):
             model = DinoV2(width, depth, heads, inner, patch, grid, registers)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.numel()}
-        if listed := faults(weights, shapes):
+        if listed := faults(weights, {name: p for name, p in model.named_parameters() if p.numel()}):
             raise ValueError(listed)
         model.load_state_dict({"register_tokens": torch.zeros(1, 0, width)} | weights, assign=True)
     return model.float().requires_grad_(False).eval()
