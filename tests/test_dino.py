@@ -261,12 +261,14 @@ def test_the_teacher_is_in_no_state_and_a_deep_block_is_the_last(tmp_path):
         assert model.alignment(image).dtype == torch.float32
 
 
-def test_alignment_sees_the_tokens_of_a_compiled_network(tmp_path):
+@pytest.mark.parametrize(("compiled", "recompute"), [(True, False), (False, True), (True, True)])
+def test_alignment_sees_the_tokens_of_a_network_that_is_compiled_or_recomputes(tmp_path, compiled, recompute):
     values = []
-    for compiled in (False, True):
+    for plain in (True, False):
         model, image, labels = aligned(stored(tmp_path))
-        if compiled:
-            model.network.compile(backend="eager", fullgraph=True)  # the hook is in the graph
+        model.network.recompute = recompute and not plain
+        if compiled and not plain:  # the hook is in the graph
+            model.network.compile(backend="eager", fullgraph=not recompute)
         loss, _ = model.loss(image, labels, torch.Generator().manual_seed(0))
         (loss + model.alignment(image)).backward()
         values.append(torch.cat([loss[None].detach(), *(p.grad.flatten() for p in model.parameters())]))
