@@ -1,4 +1,4 @@
-"""Runs: their directories, how they go on where they stopped, their processes and signals.
+"""Runs: their directories, how they go on where they stopped, their processes and signals, what they take.
 
 In a run directory, config.json says what was asked for and metrics.jsonl has a line per report;
 last.safetensors and best.safetensors are EMA weights, which other commands read; state.safetensors (weights,
@@ -13,16 +13,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import CheckpointError, FlowSeg, write_tensors
+from network import Config
 
 STATE, PREVIOUS = "state.safetensors", "previous.safetensors"
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -144,6 +148,35 @@ def environment() -> dict[str, str]:
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     versions = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
     return versions | {"commit": commit or "unknown"}
+
+
+@mock.patch("torch.autocast", mock.MagicMock())  # it does not know the meta device
+def counted(network: Config, size: int, recompute: bool = False) -> tuple[int, int, int]:
+    """Parameters, FLOPs of a training step of one image, and bytes it keeps for the backward pass in float32.
+
+    FLOPs are those of products and convolutions, forward and backward, at both states of `FlowSeg.loss`;
+    bytes leave out the attention matrices, which a GPU's kernels do not keep. Nothing is computed: the meta
+    device has shapes only.
+    """
+    with torch.device("meta"):
+        model = FlowSeg(replace(network, encoding="kronecker"))  # a lexicode would have to be computed
+        image, labels = torch.zeros(1, 3, size, size), torch.zeros(1, size, size, dtype=torch.int64)
+    model.network.recompute = recompute
+    tokens, kept = (size // network.patch_size) ** 2, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] != (tokens, tokens):
+            kept[tensor.untyped_storage()._cdata] = tensor  # what is kept in several places is one
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.loss(image, labels)[0]
+        loss.backward()
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage()._cdata, None)
+    num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops(), num_bytes
 
 
 def process() -> tuple[int, int]:

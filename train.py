@@ -16,12 +16,11 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -31,7 +30,6 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 import picture
 import run
@@ -127,52 +125,24 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
     return config, model_config
 
 
-@mock.patch("torch.autocast", mock.MagicMock())  # it does not know the meta device
-def counted(network: Config, size: int, recompute: bool = False) -> tuple[int, int, int]:
-    """Parameters, FLOPs of a training step of one image, and bytes it keeps for the backward pass in float32.
-
-    FLOPs are those of products and convolutions, forward and backward, at both states of `FlowSeg.loss`;
-    bytes leave out the attention matrices, which a GPU's kernels do not keep. Nothing is computed: the meta
-    device has shapes only.
-    """
-    with torch.device("meta"):
-        model = FlowSeg(replace(network, encoding="kronecker"))  # a lexicode would have to be computed
-        image, labels = torch.zeros(1, 3, size, size), torch.zeros(1, size, size, dtype=torch.int64)
-    model.network.recompute = recompute
-    parameters, tokens = sum(p.numel() for p in model.parameters()), (size // network.patch_size) ** 2
-    kept = {p.untyped_storage()._cdata: p for p in model.parameters()}  # what is in several places is one
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.shape[-2:] != (tokens, tokens):
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = model.loss(image, labels)[0]
-        loss.backward()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return parameters, counter.get_total_flops(), total - 4 * parameters
-
-
 def cost(config: TrainConfig, network: Config) -> dict:
     """The configs and what a run takes on H100 GPUs, by counting: needs neither its data nor a GPU.
 
     Memory: weights, gradients, two moments and EMA are 5 float32 numbers a parameter, and bfloat16 adds a
     copy of the weights; what is kept for the backward pass grows with the images.
     """
-    world, bfloat16 = int(os.environ.get("WORLD_SIZE", 1)), config.dtype != "float32"
-    images = config.batch // world // config.accumulate
-    parameters, flops, kept = counted(network, config.size, config.recompute)
-    fixed, kept = parameters * (22 if bfloat16 else 20), images * kept * (KEPT if bfloat16 else 1)
+    parameters, flops, kept = run.counted(network, config.size, config.recompute)
+    images = config.batch // int(os.environ.get("WORLD_SIZE", 1)) // config.accumulate
+    bytes_each, share = (20, 1) if config.dtype == "float32" else (22, KEPT)
+    fixed, grows = bytes_each * parameters / 1e9, images * share * kept / 1e9
     tera = config.batch * flops / 1e12
     facts = {
         "parameters": parameters,
         "TFLOP a step (products and convolutions, forward and backward)": tera,
         "images at a time on each GPU": images,
-        "GB of weights, gradients, moments and EMA": fixed / 1e9,
-        "GB kept for the backward pass": kept / 1e9,
-        "GB of GPU memory": (fixed + kept) / 1e9,
+        "GB of weights, gradients, moments and EMA": fixed,
+        "GB kept for the backward pass": grows,
+        "GB of GPU memory": fixed + grows,
         f"hours on one H100 at {UTILISATION:.0%} of {H100} TFLOP/s":
             config.max_steps * tera / (UTILISATION * H100) / 3600,
     }  # fmt: skip
@@ -332,13 +302,13 @@ def train(
         stage_1 = f" --recipe {config.recipe} --stage 1" if config.recipe else ""
         origin = run.newest_checkpoint(Path(config.init), f"flowseg train{stage_1}")
         start_from(model, str(origin))
-    if rank == 0:
-        run.claim(folder, {"train": asdict(config), "model": asdict(network)}, allow_changes)
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if config.teacher:  # not before: its projector is trained and resumed with the model, but not exported
         model.alignment = Alignment(model.network, config.teacher, config.repa_depth, config.repa_weight)
     optimizer = make_optimizer(model, config)
+    if rank == 0:  # not before: what is refused leaves no folder
+        run.claim(folder, {"train": asdict(config), "model": asdict(network)}, allow_changes)
     step, validated, best = run.load_state(folder, model, ema, optimizer, console)
     model.network.recompute = config.recompute
     if config.compile:  # in place, so that the weights keep their names

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as method
-import train
 from data import Stream, open_dataset
 from model import FlowSeg
 from network import Config, Network
+from run import counted as counted_step
 from tests.reference import Reference
 from train import H100, KEPT, UTILISATION, TrainConfig, make_optimizer, resolve
 
@@ -357,7 +357,7 @@ def bench_limits(tiny: bool, repeats: int, compiling: bool) -> dict:
 @mock.patch("torch.autocast", mock.MagicMock())  # it does not know the meta device
 def counted(config: Config, side: int, recompute: bool = False) -> dict:
     """What `flowseg train --dry-run` counts for an image, and the FLOPs of sampling; nothing is computed."""
-    parameters, flops, kept = train.counted(config, side, recompute)
+    parameters, flops, kept = counted_step(config, side, recompute)
     with torch.device("meta"):
         model = FlowSeg(replace(config, encoding="kronecker"))  # a lexicode would have to be computed
         image, x, t = torch.zeros(1, 3, side, side), torch.zeros(1, config.dims, side, side), torch.zeros(1)

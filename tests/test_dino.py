@@ -384,5 +384,6 @@ def test_mistakes_are_named_on_the_command_line(tmp_path):
     (tmp_path / "bad.pth").write_bytes((GOLDEN / "dinov2_tiny.pth").read_bytes()[:-10])
     command = "train", *QUICK, "--max-steps", 1, "--set", "teacher=bad.pth"
     fails(flowseg(*command, cwd=tmp_path), 5, "bad.pth is no DINOv2 ViT-S, B or L, or damaged")
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.pth"]  # and no run
     with pytest.raises(RunError, match="repa_depth is 0; expected at least 1"):
         resolve({}, ["repa_depth=0"])

@@ -23,7 +23,7 @@ import train as training
 from data import Shapes
 from model import CheckpointError, FlowSeg, segment_photo, start_from, to_input
 from network import Config, RMSNorm
-from run import RunError, newest_checkpoint, save_state
+from run import RunError, counted, newest_checkpoint, save_state
 from train import PRESETS, RECIPES, Metrics, TrainConfig, confusion_matrix, evaluate, learning_rate, resolve
 
 TINY = [
@@ -344,7 +344,7 @@ def test_norms_biases_and_embeddings_do_not_decay():
 def test_the_cost_that_is_counted_is_that_of_a_real_step(recompute):
     """On tensors with values; bfloat16 keeps about KEPT of the bytes, and a copy of the weights."""
     config = Config(14, patch_size=16, hidden=64, field_depth=2, field_width=64, field_ratio=2)
-    parameters, flops, kept = training.counted(config, 64, recompute)
+    parameters, flops, kept = counted(config, 64, recompute)
     image, labels = torch.rand(1, 3, 64, 64), torch.randint(0, 14, (1, 64, 64))
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -383,7 +383,7 @@ def test_a_dry_run_needs_no_data_and_writes_nothing(tmp_path, monkeypatch, capsy
     assert stop.value.code == 0 and not list(tmp_path.iterdir())
     assert (facts["lr"], facts["size"], facts["num_classes"]) == ("5e-05", "512", "150")
     network = resolve({"recipe": "ade20k", "preset": "tiny"}, [])[1]
-    parameters, flops, kept = training.counted(network, 512)
+    parameters, flops, kept = counted(network, 512)
     assert facts["parameters"] == str(parameters) and facts["images at a time on each GPU"] == "4"
     tera, memory = 16 * flops / 1e12, (22 * parameters + 4 * training.KEPT * kept) / 1e9
     assert [float(value) for name, value in facts.items() if name.startswith("TFLOP")] == [round(tera, 3)]
