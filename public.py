@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 class DinoV2(nn.Module):
-    """Images (B, 3, H, W) as `teacher_input` makes them -> tokens (B, L, D), one a patch; always frozen."""
+    """Images (B, 3, H, W) as `teacher_input` makes them -> tokens (B, L, D), one a patch; frozen."""
 
     def __init__(self, width: int, depth: int, heads: int, inner: int, patch: int, grid: int, registers: int):
         super().__init__()
@@ -160,9 +160,6 @@ class DinoV2(nn.Module):
         first = torch.cat([self.cls_token + self.pos_embed[:, :1], self.register_tokens], dim=1)
         x = torch.cat([first.expand(len(x), -1, -1), x], dim=1)
         return self.norm(self.blocks(x))[:, first.shape[1] :]
-
-    def train(self, training: bool = True) -> "DinoV2":
-        return super().train(False)
 
 
 def load_dinov2(path: str | Path, num_heads: int | None = None) -> DinoV2:

@@ -75,7 +75,7 @@ class TrainConfig:
     workers: int = 0
     dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on CUDA, float32 elsewhere
     compile: bool = False  # torch.compile the network
-    recompute: bool = False  # the neural field in the backward pass: less than half the memory, slower
+    recompute: bool = False  # blocks and neural field again in the backward pass: far less memory, slower
     deterministic: bool = False  # refuse operations whose result may vary, on a GPU
 
 
