@@ -168,8 +168,8 @@ class UNetwork(nn.Module):
     def encode(self, image: Tensor) -> Tensor:
         return self.head(self.encoder(image)[0])
 
-    def forward(self, x: Tensor, t: Tensor, logits: Tensor) -> tuple[Tensor, None]:
-        return logits - x, None
+    def forward(self, x: Tensor, t: Tensor, logits: Tensor) -> Tensor:
+        return logits - x
 
 
 class UNet(CrossEntropy):
