@@ -9,6 +9,9 @@ import csv
 import json
 import os
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -113,7 +116,7 @@ def evaluate(
     size: Size = None,
     limit: Limit = None,
     flip: Annotated[bool, Option("--flip", help="Average with the mirror image.")] = False,
-    mode: Annotated[Literal["whole", "slide"], Option(help="slide: overlapping square windows.")] = "whole",
+    mode: Annotated[Literal["whole", "slide", "tiles"], Option(help="slide, tiles: in windows.")] = "whole",
     device: Device = "auto",
     json_file: Annotated[Path | None, Option("--json", help="Also write the scores to this file.")] = None,
     csv_file: Annotated[Path | None, Option("--csv", help="Also write the table to this file.")] = None,
@@ -150,69 +153,71 @@ def evaluate(
 
 @app.command()
 def segment(
-    paths: Annotated[list[str], Argument(help="Photos, folders or globs.")],
+    paths: Annotated[list[str], Argument(help="Photos, folders or globs; - reads one photo from stdin.")],
     output: Annotated[Path, Option("--output", "-o", help="Mask (.png) of one photo, or a folder for many.")],
     checkpoint: Annotated[Path | None, Option(help=f"Weights or run directory; {NEWEST}.")] = None,
     steps: Steps = None,
     size: Size = None,
+    tiles: Annotated[bool, Option("--tiles", help="In blended windows of the training size.")] = False,
     overlay: Annotated[bool, Option("--overlay", help="Also draw the mask over the photo.")] = False,
+    side_by_side: Annotated[bool, Option("--side-by-side", help="Also draw photo and mask.")] = False,
     confidence: Annotated[bool, Option("--confidence", help="Also write the probability, 0..255.")] = False,
-    trajectory: Annotated[bool, Option("--trajectory", help="Also draw the steps of the flow.")] = False,
+    entropy: Annotated[bool, Option("--entropy", help="Also write how undecided it is, 0..255.")] = False,
+    trajectory: Annotated[bool, Option("--trajectory", help="Also draw the flow: sheet and GIF.")] = False,
+    ids: Annotated[Literal["train", "raw"], Option(help="raw: the mask values of the data set.")] = "train",
+    json_file: Annotated[Path | None, Option("--json", help="Also write each photo's classes here.")] = None,
+    max_pixels: Annotated[int | None, Option(min=1, help="Largest photo that is opened.")] = None,
     force: Annotated[bool, Option("--force", help="Overwrite outputs that exist.")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Segment photos: a PNG of train ids, the size of the upright photo, coloured by the class centroids."""
-    from picture import PictureError, find_photos
+    """Segment photos: a PNG of ids, the size of the upright photo, coloured by the class centroids."""
+    wishes = locals()
+    from picture import MAX_PIXELS, find_photos
 
-    photos = find_photos(paths)
-    single = len(photos) == 1 and output.suffix.lower() == ".png"
-    if output.suffix and not single:
-        raise BadParameter(f"-o {output} for {len(photos)} photos; expected a .png for one, or a folder")
+    photos = find_photos(paths, output)
+    one = output.suffix and not output.is_dir()
+    if (one and (output.suffix.lower() != ".png" or len(photos) > 1)) or ("-" in paths and not one):
+        raise BadParameter(
+            f"-o {output} for {len(photos)} photos; expected a .png for one, or a folder for files"
+        )
     model = _load(checkpoint, device)
-    wishes = {"overlay": overlay, "confidence": confidence, "trajectory": trajectory}
-    wanted = [name for name, wish in wishes.items() if wish]
-    failed = 0
-    for path, stem in photos:
-        target = output if single else output / f"{stem}.png"
-        files = {name: target.with_name(f"{target.stem}-{name}.png") for name in wanted} | {"mask": target}
-        try:
-            for file in files.values():
-                if file.exists() and (file.samefile(path) or not force):
-                    raise PictureError(f"{file} exists; choose another -o, or --force (never for a photo)")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _segment_one(model, path, files, steps or model.config.steps, size or model.metadata["size"])
-        except (PictureError, OSError) as error:
-            failed += 1
-            err.print(f"error: {error}", style="red", markup=False)
-        else:
-            out.print(f"{path} -> {target}", markup=False)
-    raise typer.Exit(min(failed, 1))
+    from segment import ENDINGS, Options, segment_all
+
+    kinds = ["mask", *(kind for kind in ENDINGS if wishes.get(kind, trajectory))]
+    options = Options(size or model.metadata["size"], steps or model.config.steps, "tiles" if tiles else "whole",
+                      kinds, ids == "raw", force, max_pixels or MAX_PIXELS)  # fmt: skip
+    records = _tell(segment_all(model, photos, output, options), len(photos), quiet)
+    if json_file:
+        json_file.write_text(json.dumps(records, indent=2))
+    raise typer.Exit(int(any("error" in record for record in records)))
 
 
-def _segment_one(model, path: Path, files: dict[str, Path], steps: int, size: int) -> None:
-    """Write the mask of one photo and the pictures asked for beside it."""
-    import numpy as np
-    from PIL import Image
+def _tell(records: Iterable[dict], total: int, quiet: bool) -> list[dict]:
+    """Say what becomes of each photo, under a progress bar where someone watches, and the sum of many."""
+    from rich.progress import Progress
 
-    import picture
-    from model import segment_photo, to_input
-
-    photo = picture.read_photo(path)
-    labels, probability = segment_photo(model, photo, size, steps)
-    colors = picture.palette(model.centroids.cpu().numpy())
-    picture.write_mask(files["mask"], labels, colors)
-    if "overlay" in files:
-        share = np.bincount(labels.ravel(), minlength=len(colors)) / labels.size
-        entries = [(model.metadata["classes"][k], colors[k], 100 * share[k]) for k in np.flatnonzero(share)]
-        picture.save(files["overlay"], picture.with_legend(picture.overlay(photo, labels, colors), entries))
-    if "confidence" in files:
-        picture.save(files["confidence"], Image.fromarray((255 * probability).round().astype(np.uint8)))
-    if "trajectory" in files:
-        states = model.trajectory(to_input(photo, size).to(model.centroids.device), steps)
-        frames = [picture.state_image(x[0, :3].permute(1, 2, 0).cpu().numpy()) for x in states]
-        times = [f"t = {i / steps:.2f}" for i in range(steps + 1)]
-        picture.save(files["trajectory"], picture.strip(frames, times))
+    note = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
+    counts, start, told = Counter(), time.monotonic(), []
+    with Progress(console=err, transient=True, disable=quiet or total == 1 or not err.is_terminal,
+                  redirect_stdout=out.is_terminal) as bar:  # fmt: skip
+        task = bar.add_task("segmenting", total=total)
+        for record in records:
+            state = next((state for state in ("error", "skipped") if state in record), "segmented")
+            if state == "error":
+                err.print(f"error: {record['error']}", style="red", markup=False)
+            elif state == "skipped":
+                note.print(f"{record['photo']}: skipped, {record['mask']} exists (--force)", markup=False)
+            else:
+                out.print(f"{record['photo']} -> {record['mask']}", markup=False)
+            if record.get("frames", 1) > 1:
+                note.print(f"{record['photo']}: the first of {record['frames']} frames", markup=False)
+            told.append(record)
+            counts[state] += 1
+            bar.update(task, advance=1, description=f"{len(told) / (time.monotonic() - start):.1f} images/s")
+    if total > 1:
+        note.print(", ".join(f"{counts[state]} {state}" for state in ("segmented", "skipped", "error")))
+    return told
 
 
 @app.command()
@@ -230,7 +235,9 @@ def info(
         data_root = os.environ.get("FLOWSEG_DATA", "~/.cache/flowseg")
         facts = environment() | {"device": str(pick_device()), "data root": data_root}
     elif what.endswith(".safetensors"):
-        model = _load(Path(what), "cpu")
+        from model import FlowSeg
+
+        model = FlowSeg.load(what)
         facts = {"config": asdict(model.config), **model.metadata}
     else:
         facts = _describe(what, root, limit)
@@ -299,14 +306,18 @@ def _print_table(columns: tuple, rows: list[tuple]) -> None:
 
 def _load(checkpoint: Path | None, device: str = "auto"):
     """The model of a checkpoint or run directory, by default of the newest run, which is then named."""
-    from model import FlowSeg
+    from model import CheckpointError, FlowSeg
     from run import newest_checkpoint
     from train import pick_device
 
     if checkpoint is None or checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
         err.print(f"weights: {checkpoint}", markup=False)
-    return FlowSeg.load(checkpoint, pick_device(device))
+    model = FlowSeg.load(checkpoint, pick_device(device))
+    if "classes" not in model.metadata:
+        hint = f"train from it: flowseg train --init {checkpoint}"
+        raise CheckpointError(f"{checkpoint} is a backbone without classes; expected trained weights; {hint}")
+    return model
 
 
 def main() -> None:

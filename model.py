@@ -378,30 +378,44 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def to_input(photo: Image.Image, size: int) -> Tensor:
-    """PIL image -> (1, 3, h, w) in [-1, 1], short side `size`, long side at most 4 times that."""
+    """RGB PIL image -> (1, 3, h, w) in [-1, 1], short side `size`, long side at most 4 times that."""
+    assert photo.mode == "RGB", f"photo has mode {photo.mode}; expected RGB: photo.convert('RGB')"
     scale = min(size / min(photo.size), 4 * size / max(photo.size))
     width, height = (max(1, round(side * scale)) for side in photo.size)
     photo = photo.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def segment_photo(
+def assign_photo(
     model: FlowSeg, photo: Image.Image, size: int, steps: int, flip: bool = False, mode: str = "whole"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Train ids (H, W) uint8 and their probabilities (H, W) float32, at the photo's own size.
+) -> Tensor:
+    """Soft assignments (1, N, h, w) of a photo whose short side is made `size`.
 
-    flip: average the soft assignments of the photo and its mirror image; mode slide: those of windows of
-    `size` x `size` that overlap by a third, where whole is one window that holds it all.
+    flip: averaged with those of the mirror image. mode slide: averaged over windows of `size` x `size` that
+    overlap by a third; tiles: over windows as large as the training crops that overlap by half and fade out
+    towards their borders, so that no seam is left; whole is one window that holds it all.
     """
     image = to_input(photo, size).to(model.centroids.device)  # (1, 3, h, w)
-    side = size if mode == "slide" else max(image.shape)
-    step = max(1, side * 2 // 3)
+    side = {"slide": size, "tiles": model.metadata.get("size", size)}.get(mode, max(image.shape))
+    step = max(1, side // 2 if mode == "tiles" else side * 2 // 3)
     spans = [[slice(max(0, min(i, n - side)), i + side) for i in range(0, max(1, n - side + step), step)]
              for n in image.shape[2:]]  # fmt: skip
     views = [(rows, columns, model.sample(image[..., rows, columns].flip(axes), steps).flip(axes))
              for rows, columns, axes in product(*spans, ([], [-1])[: 1 + flip])]  # fmt: skip
     p = image.new_zeros(1, model.config.num_classes, *image.shape[2:])  # large, so not before sampling
     for rows, columns, x in views:
-        model.soft_assignment(x, p[..., rows, columns])
-    labels, confidence = model.decode(p.div_(p.sum(1, keepdim=True)), photo.size[::-1])
-    return labels[0].byte().cpu().numpy(), confidence[0].cpu().numpy()
+        if mode == "tiles":
+            fade_y, fade_x = (torch.hann_window(n + 2, periodic=False).to(p)[1:-1] for n in x.shape[2:])
+            p[..., rows, columns] += model.soft_assignment(x) * fade_y[:, None] * fade_x
+        else:
+            model.soft_assignment(x, p[..., rows, columns])
+    return p.div_(p.sum(1, keepdim=True))
+
+
+def segment_photo(
+    model: FlowSeg, photo: Image.Image | np.ndarray, size: int, steps: int, flip=False, mode="whole"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Train ids (H, W) uint8 and their probabilities (H, W) float32 of a photo, RGB or (H, W, 3) uint8."""
+    photo = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
+    found = model.decode(assign_photo(model, photo, size, steps, flip, mode), photo.size[::-1])
+    return found[0][0].byte().cpu().numpy(), found[1][0].cpu().numpy()

@@ -11,6 +11,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from glob import glob
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,27 +20,36 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # no other decoder ever sees a user's bytes
 SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {".jpg": "JPEG", ".tif": "TIFF"}
 IGNORE = 255
+MAX_PIXELS = 250_000_000  # more is taken for a decompression bomb
 PAPER, INK, RULE = (250, 250, 248), (38, 42, 48), (140, 143, 148)
 
 
 class PictureError(Exception):
     """A picture that cannot be read or written, in one line: given, expected, fix."""
 
+    exit_code = 1
 
-def read_photo(path: str | Path, max_pixels: int = 250_000_000) -> Image.Image:
-    """The upright RGB photo in a file: first frame, transparency on white, 8 bits a channel."""
+
+def read_photo(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The upright RGB photo in a file or in its bytes: transparency on white, 8 bits a channel, and the first
+    of the frames that info["frames"] counts."""
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own, only raised
+    path = "standard input" if isinstance(source, bytes) else source
     try:
-        data = Path(path).read_bytes()
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
         image = Image.open(BytesIO(data), formats=FORMATS)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height}")
         image.load()  # here, so that no decoding error is suppressed
         with suppress(Exception):  # damaged EXIF costs the turn, not the photo
             ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image)
+        photo = _rgb(image)
+        with suppress(Exception):  # counted in another image, as counting leaves the first frame
+            photo.info["frames"] = Image.open(BytesIO(data), formats=FORMATS).n_frames
+        return photo
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{path} has over {max_pixels:,} pixels: {error}; raise max_pixels?") from error
+        fix = "if you trust it, raise --max-pixels (max_pixels)"
+        raise PictureError(f"{path} has over {max_pixels:,} pixels: {error}; {fix}") from error
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
@@ -61,18 +71,26 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def find_photos(paths: Sequence[str | Path]) -> list[tuple[Path, Path]]:
-    """(photo, output stem) of files, folders and globs; stems keep sub-folders, and no two are the same."""
+def find_photos(paths: Sequence[str | Path], output: Path | None = None) -> list[tuple[Path | str, Path]]:
+    """(photo, output stem) of files, folders, globs and "-", standard input; stems keep sub-folders, and no two
+    are the same. What a folder holds below `output`, an earlier call has made of its photos."""
     found = {}  # photo -> its path below the folder asked for
-    for given in map(Path, paths):
+    for given in ["-" if path == "-" else Path(path) for path in paths]:
+        if given == "-":
+            found[given] = Path("stdin")
+            continue
         root = next(folder for folder in (given, *given.parents) if folder.is_dir())  # a glob's fixed part
         files = root.rglob("*") if root == given else map(Path, glob(str(given), recursive=True))
+        if root == given and output:
+            files = (file for file in files if output.resolve() not in file.resolve().parents)
         files = [(file, file.relative_to(root)) for file in sorted(files) if file.suffix.lower() in SUFFIXES]
         files = [(f, rel) for f, rel in files if f.is_file() and not any(p[0] == "." for p in rel.parts)]
         if given.is_file():  # asked for by name: any suffix
             files = [(given, Path(given.name))]
         if not files:
-            raise PictureError(f"no photo at {given}; expected file, folder or glob of {' '.join(SUFFIXES)}")
+            raise PictureError(
+                f"no photo at {given}; expected file, folder (not -o) or glob of {' '.join(SUFFIXES)}"
+            )
         found.update(files)
     stems = {}
     for photo, stem in found.items():
@@ -92,8 +110,13 @@ def write_mask(path: str | Path, labels: np.ndarray, palette: np.ndarray) -> Non
     save(path, mask, [".png"])  # other formats may change values
 
 
-def save(path: str | Path, image: Image.Image, suffixes: Iterable[str] = SUFFIXES) -> None:
-    """Write a picture in the format of its suffix, whole or not at all."""
+def save(
+    path: str | Path,
+    image: Image.Image,
+    suffixes: Iterable[str] = SUFFIXES,
+    frames: Sequence[Image.Image] = (),
+) -> None:
+    """Write a picture in the format of its suffix, whole or not at all; frames follow it in a GIF."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in suffixes:
@@ -102,7 +125,8 @@ def save(path: str | Path, image: Image.Image, suffixes: Iterable[str] = SUFFIXE
     part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")  # same folder: replace is atomic
     try:
         with open(part, "wb") as file:
-            image.save(file, SUFFIXES[suffix], quality=92)
+            image.save(file, SUFFIXES[suffix], quality=92, save_all=bool(frames), append_images=frames,
+                       duration=60, loop=0)  # fmt: skip
         os.replace(part, path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -173,17 +197,25 @@ def preview(rows: Sequence[tuple], classes: Sequence[str], palette: np.ndarray) 
     for photo, *masks in rows:
         tiles += [_fit(photo, 400, Image.Resampling.BICUBIC)]
         tiles += [_fit(colorize(mask, palette), 400) for mask in masks]
-    return with_legend(_grid(tiles, ["image", "truth", "prediction"], columns=3), entries)
+    return with_legend(grid(tiles, ["image", "truth", "prediction"], columns=3), entries)
 
 
 def strip(frames: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
     """A contact sheet of the flow's states, photo first and mask last, each under its caption."""
     assert len(frames) == len(captions), f"{len(frames)} frames, {len(captions)} captions"
     tiles = [_fit(frame, 256) for frame in frames]
-    return ImageOps.expand(_grid(tiles, captions, columns=min(6, len(tiles))), 16, PAPER)
+    return ImageOps.expand(grid(tiles, captions, columns=min(6, len(tiles))), 16, PAPER)
 
 
-def _grid(tiles: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
+def save_animation(path: str | Path, states: Sequence[np.ndarray]) -> None:
+    """The way through the flow's states (H, W, 3) as a GIF that stops at both ends; a step is a straight line."""
+    pause, n = 12, math.ceil(36 / max(1, len(states) - 1))  # frames at the ends and in a step
+    way = [a + (b - a) * (k / n) for a, b in pairwise(states) for k in range(n)]
+    frames = [_fit(state_image(x), 256) for x in [states[0]] * pause + way + [states[-1]] * pause]
+    save(path, frames[0], [".gif"], frames[1:])
+
+
+def grid(tiles: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
     """Tiles in rows, each under its caption; as many captions as columns are column titles."""
     width, height = (max(tile.size[axis] for tile in tiles) for axis in (0, 1))
     gap = int(np.clip(width / 18, 12, 40))

@@ -31,7 +31,19 @@ def test_line_budget():
 
 
 def test_imports_point_one_way():
-    order = ["shapes", "download", "picture", "network", "public", "model", "data", "run", "train", "flowseg"]
+    order = [
+        "shapes",
+        "download",
+        "picture",
+        "network",
+        "public",
+        "model",
+        "data",
+        "run",
+        "train",
+        "segment",
+        "flowseg",
+    ]
     for name in order:
         later = set(order[order.index(name) :])
         assert not later & set(imports(MODULES[name])), name
