@@ -9,9 +9,6 @@ import csv
 import json
 import os
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -172,52 +169,25 @@ def segment(
     quiet: Quiet = False,
 ) -> None:
     """Segment photos: a PNG of ids, the size of the upright photo, coloured by the class centroids."""
-    wishes = locals()
     from picture import MAX_PIXELS, find_photos
 
-    photos = find_photos(paths, output)
-    one = output.suffix and not output.is_dir()
+    photos, one = find_photos(paths, output), output.suffix and not output.is_dir()
     if (one and (output.suffix.lower() != ".png" or len(photos) > 1)) or ("-" in paths and not one):
         raise BadParameter(
-            f"-o {output} for {len(photos)} photos; expected a .png for one, or a folder for files"
+            f"-o {output} for {len(photos)} photos; expected a .png for one, a folder for files"
         )
     model = _load(checkpoint, device)
-    from segment import ENDINGS, Options, segment_all
+    from segment import plan, segment_all, segment_one, tell
 
-    kinds = ["mask", *(kind for kind in ENDINGS if wishes.get(kind, trajectory))]
-    options = Options(size or model.metadata["size"], steps or model.config.steps, "tiles" if tiles else "whole",
-                      kinds, ids == "raw", force, max_pixels or MAX_PIXELS)  # fmt: skip
-    records = _tell(segment_all(model, photos, output, options), len(photos), quiet)
+    wishes = {"overlay.png": overlay, "side-by-side.png": side_by_side, "confidence.png": confidence,
+              "entropy.png": entropy, "trajectory.png": trajectory, "trajectory.gif": trajectory}  # fmt: skip
+    planned = plan(photos, output, [kind for kind, wish in wishes.items() if wish], force)
+    work = partial(segment_one, model, size or model.metadata["size"], steps or model.config.steps,
+                   "tiles" if tiles else "whole", ids == "raw", max_pixels or MAX_PIXELS)  # fmt: skip
+    records = tell(segment_all(planned, work), len(photos), out, err, quiet)
     if json_file:
         json_file.write_text(json.dumps(records, indent=2))
-    raise typer.Exit(int(any("error" in record for record in records)))
-
-
-def _tell(records: Iterable[dict], total: int, quiet: bool) -> list[dict]:
-    """Say what becomes of each photo, under a progress bar where someone watches, and the sum of many."""
-    from rich.progress import Progress
-
-    note = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
-    counts, start, told = Counter(), time.monotonic(), []
-    with Progress(console=err, transient=True, disable=quiet or total == 1 or not err.is_terminal,
-                  redirect_stdout=out.is_terminal) as bar:  # fmt: skip
-        task = bar.add_task("segmenting", total=total)
-        for record in records:
-            state = next((state for state in ("error", "skipped") if state in record), "segmented")
-            if state == "error":
-                err.print(f"error: {record['error']}", style="red", markup=False)
-            elif state == "skipped":
-                note.print(f"{record['photo']}: skipped, {record['mask']} exists (--force)", markup=False)
-            else:
-                out.print(f"{record['photo']} -> {record['mask']}", markup=False)
-            if record.get("frames", 1) > 1:
-                note.print(f"{record['photo']}: the first of {record['frames']} frames", markup=False)
-            told.append(record)
-            counts[state] += 1
-            bar.update(task, advance=1, description=f"{len(told) / (time.monotonic() - start):.1f} images/s")
-    if total > 1:
-        note.print(", ".join(f"{counts[state]} {state}" for state in ("segmented", "skipped", "error")))
-    return told
+    raise typer.Exit(int(any(record["state"] == "failed" for record in records)))
 
 
 @app.command()

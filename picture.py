@@ -72,8 +72,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def find_photos(paths: Sequence[str | Path], output: Path | None = None) -> list[tuple[Path | str, Path]]:
-    """(photo, output stem) of files, folders, globs and "-", standard input; stems keep sub-folders, and no two
-    are the same. What a folder holds below `output`, an earlier call has made of its photos."""
+    """(photo, output stem) of files, folders, globs and "-", standard input; stems keep sub-folders, and no
+    two are the same. What a folder holds below `output` was made from its photos before."""
     found = {}  # photo -> its path below the folder asked for
     for given in ["-" if path == "-" else Path(path) for path in paths]:
         if given == "-":
@@ -110,13 +110,8 @@ def write_mask(path: str | Path, labels: np.ndarray, palette: np.ndarray) -> Non
     save(path, mask, [".png"])  # other formats may change values
 
 
-def save(
-    path: str | Path,
-    image: Image.Image,
-    suffixes: Iterable[str] = SUFFIXES,
-    frames: Sequence[Image.Image] = (),
-) -> None:
-    """Write a picture in the format of its suffix, whole or not at all; frames follow it in a GIF."""
+def save(path: str | Path, image: Image.Image, suffixes: Iterable[str] = SUFFIXES, frames=()) -> None:
+    """Write a picture in the format of its suffix, whole or not at all; in a GIF, frames follow it."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in suffixes:
@@ -126,7 +121,7 @@ def save(
     try:
         with open(part, "wb") as file:
             image.save(file, SUFFIXES[suffix], quality=92, save_all=bool(frames), append_images=frames,
-                       duration=60, loop=0)  # fmt: skip
+                       duration=60, loop=0)  # ms a frame, for ever  # fmt: skip
         os.replace(part, path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -208,7 +203,7 @@ def strip(frames: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image
 
 
 def save_animation(path: str | Path, states: Sequence[np.ndarray]) -> None:
-    """The way through the flow's states (H, W, 3) as a GIF that stops at both ends; a step is a straight line."""
+    """The way through the flow's states (H, W, 3) as a GIF that rests at both ends; steps are straight."""
     pause, n = 12, math.ceil(36 / max(1, len(states) - 1))  # frames at the ends and in a step
     way = [a + (b - a) * (k / n) for a, b in pairwise(states) for k in range(n)]
     frames = [_fit(state_image(x), 256) for x in [states[0]] * pause + way + [states[-1]] * pause]

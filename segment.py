@@ -1,15 +1,14 @@
-"""Segmenting photos: which files each one gets, what is kept, and how its pictures are made.
+"""Segmenting photos: which files each one gets, what is kept, and how the pictures are made.
 
-Every photo goes through the network by itself, so it gives the same bytes alone, in a folder and in any order.
-A photo that fails costs nothing but itself.
+Every photo goes through the network by itself, so it gives the same bytes alone, in a folder, in any order.
 """
 
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -17,141 +16,124 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
 
 import picture
 from model import FlowSeg, assign_photo, to_input
-from picture import PictureError
 
-ENDINGS = {"overlay": "-overlay.png", "side_by_side": "-side-by-side.png", "confidence": "-confidence.png",
-           "entropy": "-entropy.png", "trajectory": "-trajectory.png", "animation": "-trajectory.gif"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is asked for of every photo: how it is segmented, and the kinds of files that it gets."""
-
-    size: int
-    steps: int
-    mode: str  # of `assign_photo`
-    kinds: list[str]  # keys of ENDINGS, or "mask"
-    raw: bool  # masks of raw ids
-    force: bool  # overwrite what exists
-    max_pixels: int
+Photo = Path | str  # "-" is standard input
+NETWORK = Lock()  # it has all cores to itself
 
 
-def segment_all(model: FlowSeg, photos: list[tuple], output: Path, options: Options) -> Iterator[dict]:
-    """Segment photos (path or "-", stem) to the mask `output`, or to a folder if that has no suffix .png.
+def plan(
+    photos: list[tuple[Photo, Path]], output: Path, kinds: list[str], force: bool
+) -> Iterator[tuple[Photo, Path, dict[str, Path], str]]:
+    """(photo, mask, files still to be made by their kinds, what keeps them from being made) of each photo.
 
-    One record a photo, in order: photo, mask, and "error", or "skipped", or frames and classes.
+    The mask is `output`, if that has a suffix, or below that folder; other kinds end the names beside it.
     """
-    lock, pool = Lock(), ThreadPoolExecutor(2)  # while one photo is computed, another is read or written
-    try:
-        planned = list(plan(photos, output, options))
-        work = [pool.submit(_attempt, model, *one, options, lock) for one in planned]
-        yield from (future.result() for future in work)
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C nothing more is begun
-
-
-def plan(photos: list[tuple], output: Path, options: Options) -> Iterator[tuple]:
-    """(photo, mask, files still to be written, what speaks against it): kinds of files by their paths."""
-    originals = {_identity(photo) for photo, _ in photos if photo != "-"}
-    owner = {}  # file -> photo that it is made of
+    single = output.suffix and not output.is_dir()
+    originals = {os.stat(photo)[1:3] for photo, _ in photos if photo != "-"}  # inodes: names have variants
+    makers = {}
     for photo, stem in photos:
-        mask = output if is_mask(output) else output / f"{stem}.png"
-        files = {mask if kind == "mask" else mask.with_name(mask.stem + ENDINGS[kind]): kind
-                 for kind in options.kinds}  # fmt: skip
-        problem = ""
-        for file in list(files):
+        mask, files, problem = output if single else output / f"{stem}.png", {}, ""
+        for kind in ["mask", *kinds]:
+            file = mask if kind == "mask" else mask.with_name(f"{mask.stem}-{kind}")
             there = file.exists()
-            if there and (_identity(file) in originals or (is_mask(output) and not options.force)):
+            if there and (os.stat(file)[1:3] in originals or (single and not force)):
                 problem = f"{file} exists; choose another -o, or --force (never for a photo)"
-            elif owner.setdefault(file, photo) != photo:
-                problem = f"{photo}: {file} is already made of {owner[file]}; segment it into another -o"
-            elif there and not options.force:
-                del files[file]  # finished before
+            elif makers.setdefault(file, photo) != photo:
+                problem = f"{photo}: {file} is made of {makers[file]}; choose another -o for one of them"
+            elif force or not there:
+                files[kind] = file
         yield photo, mask, files, problem
 
 
-def is_mask(output: Path) -> bool:
-    return output.suffix.lower() == ".png" and not output.is_dir()
+def segment_all(planned: Iterable[tuple], work: Callable[..., dict]) -> Iterator[dict]:
+    """Let `work`, a `segment_one`, do what was planned; one record a photo, in order: photo, state
+    (segmented, skipped or failed), note to the user, and what `work` says."""
 
+    def attempt(photo: Photo, mask: Path, files: dict[str, Path], problem: str) -> dict:
+        record = {"photo": str(photo), "mask": str(mask), "state": "segmented", "note": ""}
+        try:
+            if problem:
+                raise picture.PictureError(problem)
+            if not files:
+                return record | {"state": "skipped", "note": f"{photo}: skipped, {mask} exists (--force)"}
+            return record | work(photo, files)
+        except (picture.PictureError, OSError) as error:
+            return record | {"state": "failed", "note": f"error: {error}"}
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _attempt(
-    model: FlowSeg,
-    photo: Path | str,
-    mask: Path,
-    files: dict[Path, str],
-    problem: str,
-    options: Options,
-    lock: Lock,
-) -> dict:
-    record = {"photo": str(photo), "mask": str(mask)}
+    pool = ThreadPoolExecutor(2)  # while one photo is computed, another is read or written
     try:
-        if problem:
-            raise PictureError(problem)
-        if not files:
-            return record | {"skipped": True}
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        return record | _segment_one(model, photo, files, options, lock)
-    except (PictureError, OSError) as error:
-        return record | {"error": str(error)}
+        yield from map(lambda future: future.result(), [pool.submit(attempt, *one) for one in planned])
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C no other is begun
 
 
-def _segment_one(
-    model: FlowSeg, path: Path | str, files: dict[Path, str], options: Options, lock: Lock
+def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet: bool) -> list[dict]:
+    """Say what becomes of each photo; of many also how far and how fast, if someone watches, and the sum."""
+    screen = err if err.is_terminal and out.is_terminal else out  # the bar must know what is printed over it
+    told, many = [], total > 1 and not quiet
+    with Progress(console=err, transient=True, disable=not many or not err.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        for record in records:
+            failed = record["state"] == "failed"
+            if record["state"] == "segmented":
+                screen.print(f"{record['photo']} -> {record['mask']}", markup=False)
+            if record["note"] and (failed or not quiet):
+                err.print(record["note"], style="red" if failed else None, markup=False)
+            told.append(record)
+            bar.update(task, advance=1, description=f"{bar.tasks[0].speed or 0:.1f} images/s")
+    if many:
+        counts = Counter(record["state"] for record in told)
+        err.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return told
+
+
+def segment_one(
+    model: FlowSeg, size: int, steps: int, mode: str, raw: bool, max_pixels: int, path: Photo, files: dict
 ) -> dict:
-    """Write the files of one photo; returns its frames and what `statistics` says of its classes."""
-    photo = picture.read_photo(sys.stdin.buffer.read() if path == "-" else path, options.max_pixels)
-    kinds, states, shape = set(files.values()), [], photo.size[::-1]
-    with lock:  # the network has all cores to itself
-        p = assign_photo(model, photo, options.size, options.steps, mode=options.mode)
+    """Write the files of a photo by their kinds, the mask in the data set's values if raw; its classes."""
+    photo = picture.read_photo(sys.stdin.buffer.read() if path == "-" else path, max_pixels)
+    shape, states = photo.size[::-1], []
+    with NETWORK:
+        p = assign_photo(model, photo, size, steps, mode=mode)
         labels, confidence = (values[0].cpu().numpy() for values in model.decode(p, shape))
-        if "entropy" in kinds:  # of the soft assignments, in units of the most there can be; in place of p
+        if "entropy.png" in files:  # as a share of the most there can be; written over p
             entropy = torch.special.entr(p, out=p).sum(1, keepdim=True) / math.log(p.shape[1])
             entropy = F.interpolate(entropy, shape, mode="bilinear")[0, 0].cpu().numpy()
-        if kinds & {"trajectory", "animation"}:
-            image = to_input(photo, options.size).to(p.device)
-            states = [x[0, :3].movedim(0, 2).cpu().numpy() for x in model.trajectory(image, options.steps)]
+        if files.keys() & {"trajectory.png", "trajectory.gif"}:
+            way = model.trajectory(to_input(photo, size).to(p.device), steps)
+            states = [x[0, :3].movedim(0, 2).cpu().numpy() for x in way]
 
-    labels, colors = labels.astype(np.uint8), picture.palette(model.centroids.cpu().numpy())
-    classes = statistics(labels, confidence, model.metadata["classes"])
+    labels, colors, classes = labels.astype(np.uint8), picture.palette(model.centroids.cpu().numpy()), []
+    for k in np.unique(labels).tolist():
+        here, name = labels == k, model.metadata["classes"][k]
+        classes += [{"class": name, "id": k, "pixels": int(here.sum()), "percent": 100 * float(here.mean()),
+                     "confidence": float(confidence[here].mean())}]  # fmt: skip
     entries = [(c["class"], colors[c["id"]], c["percent"]) for c in classes]
-    for file, kind in files.items():
+    for kind, file in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
         match kind:
             case "mask":
-                ids = model.metadata["ids"] if options.raw else list(range(len(colors)))
-                table, shades = (
-                    np.array(ids, np.min_scalar_type(max(ids))),
-                    np.zeros((max(ids) + 1, 3), np.uint8),
-                )
+                ids = model.metadata["ids"] if raw else list(range(len(colors)))
+                values, shades = np.array(ids), np.zeros((max(ids) + 1, 3), np.uint8)
                 shades[ids] = colors
-                picture.write_mask(file, table[labels], shades)
-            case "overlay":
+                picture.write_mask(file, values[labels].astype(np.min_scalar_type(max(ids))), shades)
+            case "overlay.png":
                 picture.save(file, picture.with_legend(picture.overlay(photo, labels, colors), entries))
-            case "side_by_side":
-                pair = [photo, picture.colorize(labels, colors)]
-                picture.save(file, picture.with_legend(picture.grid(pair, ["photo", "mask"], 2), entries))
-            case "confidence" | "entropy":
-                values = confidence if kind == "confidence" else entropy
-                picture.save(file, Image.fromarray(np.rint(255 * values.clip(0, 1)).astype(np.uint8)))
-            case "trajectory":
-                times = [f"t = {i / options.steps:.2f}" for i in range(len(states))]
+            case "side-by-side.png":
+                pair = picture.grid([photo, picture.colorize(labels, colors)], ["photo", "mask"], columns=2)
+                picture.save(file, picture.with_legend(pair, entries))
+            case "confidence.png" | "entropy.png":
+                grey = 255 * (confidence if kind == "confidence.png" else entropy)
+                picture.save(file, Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8)))
+            case "trajectory.png":
+                times = [f"t = {i / steps:.2f}" for i in range(len(states))]
                 picture.save(file, picture.strip([*map(picture.state_image, states)], times))
-            case "animation":
+            case "trajectory.gif":
                 picture.save_animation(file, states)
-    return {"frames": photo.info.get("frames", 1), "classes": classes}
-
-
-def statistics(labels: np.ndarray, confidence: np.ndarray, names: list[str]) -> list[dict]:
-    """Pixels, percent and mean confidence of each class in a mask (H, W)."""
-    rows = list(zip(labels, confidence, strict=True))  # by rows: counting copies to 64 bits
-    pixels = sum(np.bincount(row, minlength=len(names)) for row, _ in rows)
-    total = sum(np.bincount(row, weights, len(names)) for row, weights in rows)
-    return [{"class": names[k], "id": int(k), "pixels": int(pixels[k]), "percent": 100 * pixels[k] / labels.size,
-             "confidence": total[k] / pixels[k]} for k in np.flatnonzero(pixels)]  # fmt: skip
+    frames = photo.info.get("frames", 1)
+    return {"note": f"{path}: the first of {frames} frames" if frames > 1 else "", "classes": classes}

@@ -252,7 +252,7 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path, number):
     (["trian"], 2, ["trian", "train"]),
     (["train", "--set", "epss=1"], 2, ["epss", "did you mean 'eps'"]),
     (["eval"], 2, ["no weights", "flowseg train"]),
-    (["eval", "--mode", "tiles"], 2, ["--mode", "tiles", "whole", "slide"]),
+    (["eval", "--mode", "tile"], 2, ["--mode", "tile", "whole", "slide"]),
     (["eval", "missing.safetensors"], 5, ["missing.safetensors does not exist"]),
     (["info", "missing"], 3, ["'missing' not found"]),
     (["info", "ade2k"], 3, ["'ade2k' not found", "did you mean 'ade20k'"]),
