@@ -118,10 +118,11 @@ def save(path: str | Path, image: Image.Image, suffixes: Iterable[str] = SUFFIXE
         near = get_close_matches(suffix, suffixes, 1, cutoff=0)[0]
         raise PictureError(f"cannot write {path}: expected {', '.join(suffixes)}, got {suffix!r}; try {near}")
     part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")  # same folder: replace is atomic
+    pace = [900, *[60] * (len(frames) - 1), 900]  # ms of each
+    motion = {"save_all": True, "append_images": frames, "duration": pace, "loop": 0} if frames else {}
     try:
         with open(part, "wb") as file:
-            image.save(file, SUFFIXES[suffix], quality=92, save_all=bool(frames), append_images=frames,
-                       duration=60, loop=0)  # ms a frame, for ever  # fmt: skip
+            image.save(file, SUFFIXES[suffix], quality=92, **motion)
         os.replace(part, path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -204,10 +205,10 @@ def strip(frames: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image
 
 def save_animation(path: str | Path, states: Sequence[np.ndarray]) -> None:
     """The way through the flow's states (H, W, 3) as a GIF that rests at both ends; steps are straight."""
-    pause, n = 12, math.ceil(36 / max(1, len(states) - 1))  # frames at the ends and in a step
-    way = [a + (b - a) * (k / n) for a, b in pairwise(states) for k in range(n)]
-    frames = [_fit(state_image(x), 256) for x in [states[0]] * pause + way + [states[-1]] * pause]
-    save(path, frames[0], [".gif"], frames[1:])
+    n = math.ceil(24 / max(1, len(states) - 1))  # frames of a step
+    way = [a + (b - a) * (k / n) for a, b in pairwise(states) for k in range(n)] + [states[-1]]
+    first, *rest = [_fit(state_image(x), 256) for x in way]
+    save(path, first, [".gif"], rest)
 
 
 def grid(tiles: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
