@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -92,23 +92,29 @@ def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet:
     return told
 
 
+def _compute(model: FlowSeg, photo: Image.Image, size: int, steps: int, mode: str, kinds: Set[str]) -> tuple:
+    """Labels (H, W) uint8; their probabilities and, if that kind is asked for, the entropies of all as shares
+    of ln N, (H, W) in [0, 1]; states [(h, w, 3)] of the flow for its kinds."""
+    with NETWORK:
+        p = assign_photo(model, photo, size, steps, mode=mode)
+        found = [*model.decode(p, photo.size[::-1])]
+        if "entropy.png" in kinds:
+            entropy = torch.special.entr(p, out=p).sum(1, keepdim=True) / math.log(p.shape[1])
+            found += F.interpolate(entropy, photo.size[::-1], mode="bilinear")
+        if flow := kinds & {"trajectory.png", "trajectory.gif"}:
+            flow = model.trajectory(to_input(photo, size).to(p.device), steps)
+        states = [x[0, :3].movedim(0, 2).cpu().numpy() for x in flow]
+    labels, confidence, *entropy = (values[0].cpu().numpy() for values in found)
+    return labels.astype(np.uint8), confidence, *(entropy or [None]), states
+
+
 def segment_one(
     model: FlowSeg, size: int, steps: int, mode: str, raw: bool, max_pixels: int, path: Photo, files: dict
 ) -> dict:
     """Write the files of a photo by their kinds, the mask in the data set's values if raw; its classes."""
     photo = picture.read_photo(sys.stdin.buffer.read() if path == "-" else path, max_pixels)
-    shape, states = photo.size[::-1], []
-    with NETWORK:
-        p = assign_photo(model, photo, size, steps, mode=mode)
-        labels, confidence = (values[0].cpu().numpy() for values in model.decode(p, shape))
-        if "entropy.png" in files:  # as a share of the most there can be; written over p
-            entropy = torch.special.entr(p, out=p).sum(1, keepdim=True) / math.log(p.shape[1])
-            entropy = F.interpolate(entropy, shape, mode="bilinear")[0, 0].cpu().numpy()
-        if files.keys() & {"trajectory.png", "trajectory.gif"}:
-            way = model.trajectory(to_input(photo, size).to(p.device), steps)
-            states = [x[0, :3].movedim(0, 2).cpu().numpy() for x in way]
-
-    labels, colors, classes = labels.astype(np.uint8), picture.palette(model.centroids.cpu().numpy()), []
+    labels, confidence, entropy, states = _compute(model, photo, size, steps, mode, files.keys())
+    colors, classes = picture.palette(model.centroids.cpu().numpy()), []
     for k in np.unique(labels).tolist():
         here, name = labels == k, model.metadata["classes"][k]
         classes += [{"class": name, "id": k, "pixels": int(here.sum()), "percent": 100 * float(here.mean()),
