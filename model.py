@@ -386,18 +386,15 @@ def to_input(photo: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def assign_photo(
-    model: FlowSeg, photo: Image.Image, size: int, steps: int, flip: bool = False, mode: str = "whole"
-) -> Tensor:
+def assign_photo(model: FlowSeg, photo: Image.Image, size: int, steps: int, flip: bool, mode: str) -> Tensor:
     """Soft assignments (1, N, h, w) of a photo whose short side is made `size`.
 
-    flip: averaged with those of the mirror image. mode slide: averaged over windows of `size` x `size` that
-    overlap by a third; tiles: over windows as large as the training crops that overlap by half and fade out
-    towards their borders, so that no seam is left; whole is one window that holds it all.
+    flip: averaged with the mirror image's. mode whole: one window; slide: the average of square windows that
+    overlap by a third; tiles: of those of the training size that overlap by half and fade out to the border.
     """
     image = to_input(photo, size).to(model.centroids.device)  # (1, 3, h, w)
-    side = {"slide": size, "tiles": model.metadata.get("size", size)}.get(mode, max(image.shape))
-    step = max(1, side // 2 if mode == "tiles" else side * 2 // 3)
+    most, crop = max(image.shape), model.metadata.get("size", size)
+    side, step = {"whole": (most, most), "slide": (size, size * 2 // 3), "tiles": (crop, crop // 2)}[mode]
     spans = [[slice(max(0, min(i, n - side)), i + side) for i in range(0, max(1, n - side + step), step)]
              for n in image.shape[2:]]  # fmt: skip
     views = [(rows, columns, model.sample(image[..., rows, columns].flip(axes), steps).flip(axes))

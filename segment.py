@@ -96,7 +96,7 @@ def _compute(model: FlowSeg, photo: Image.Image, size: int, steps: int, mode: st
     """Labels (H, W) uint8; their probabilities and, if that kind is asked for, the entropies of all as shares
     of ln N, (H, W) in [0, 1]; states [(h, w, 3)] of the flow for its kinds."""
     with NETWORK:
-        p = assign_photo(model, photo, size, steps, mode=mode)
+        p = assign_photo(model, photo, size, steps, False, mode)
         found = [*model.decode(p, photo.size[::-1])]
         if "entropy.png" in kinds:
             entropy = torch.special.entr(p, out=p).sum(1, keepdim=True) / math.log(p.shape[1])

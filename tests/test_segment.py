@@ -279,9 +279,9 @@ def test_the_other_pictures(here, model):
     photo = noise(40, 30)
     Image.fromarray(photo).save(here.folder / "a.png")
     here.segment("a.png", "-o", "m.png", "--entropy", "--side-by-side", "--trajectory")
+    p = assign_photo(model, Image.fromarray(photo), 32, 1, False, "whole")
     p = torch.nn.functional.interpolate(  # of the entropies: the largest is ln 3
-        torch.special.entr(assign_photo(model, Image.fromarray(photo), 32, 1)).sum(1, True) / np.log(3),
-        (30, 40), mode="bilinear",
+        torch.special.entr(p).sum(1, True) / np.log(3), (30, 40), mode="bilinear"
     )  # fmt: skip
     entropy = Image.open(here.folder / "m-entropy.png")
     assert entropy.mode == "L" and np.abs(np.asarray(entropy) - 255 * p[0, 0].numpy()).max() <= 0.51
@@ -337,7 +337,7 @@ def test_tiles_blend_without_a_seam(model, monkeypatch):
         return torch.eye(3)[len(calls) % 2][None, :, None, None].expand(1, 3, *x.shape[2:])
 
     monkeypatch.setattr(model, "soft_assignment", certain)
-    p = assign_photo(model, Image.new("RGB", (48, 32)), 32, 1, mode="tiles")
+    p = assign_photo(model, Image.new("RGB", (48, 32)), 32, 1, False, "tiles")
     assert [shape[2:] for shape in calls] == [(32, 32)] * 2
     assert torch.allclose(p.sum(1), torch.ones(1, 32, 48)) and (p[0, 1, :, :16] == 1).all()
     assert p[0, 1].diff(dim=1).abs().max() < 0.12, "a jump of 1 is a seam, one of 0.5 an average of two"
