@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 import time
@@ -42,7 +43,7 @@ def data_root(root: str | Path | None = None) -> Path:
 
 def command(verb: str, name: str, root: Path) -> str:
     """What to type about a data set below that data root."""
-    return f"flowseg {verb} {name}" + ("" if root == data_root() else f" --root {root}")
+    return f"flowseg {verb} {name}" + ("" if root == data_root() else f" --root {shlex.quote(str(root))}")
 
 
 def free(folder: Path, needed: int = 0) -> str:
@@ -88,7 +89,7 @@ def download(
         return
     if home.exists():
         raise DownloadError(f"{home} is not from this command; use it as it is, or move it away")
-    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=quiet)
     say = print if dry_run else console.print
     for row in rows:
         say(f"{row['file']}: {decimal(row['size']) if row['size'] else 'size unknown'} from {row['url']}")
@@ -119,7 +120,8 @@ def download(
 
 def _complete(row: dict, work: Path, keep: bool, console: Console) -> None:
     """Fetch a file, check it, unpack it and write that down; nothing if that is written."""
-    own, folders, record = row["url"].startswith("http"), row.get("folders", []), work / ".complete"
+    own, folders = row["url"].startswith(("http://", "https://")), row.get("folders", [])
+    record = work / ".complete"
     done = record.read_text() if record.exists() else ""
     if f"{row['file']} " in done:
         return
@@ -179,6 +181,8 @@ def _request(row: dict, file, bar: progress.Progress, task: int) -> None:
     side, seen, have = Path(file.name).with_suffix(".json"), {}, file.tell()
     with suppress(OSError, ValueError):
         seen = json.loads(side.read_text())
+    if have and seen.get("length") == str(have):  # stopped before its name was changed
+        return
     tag = seen.get("ETag") or "W/"
     same = seen.get("Last-Modified") if tag.startswith("W/") else tag  # a weak tag promises too little
     rest = {"Range": f"bytes={have}-", "If-Range": same} if have and same else {}

@@ -21,8 +21,8 @@ from rich.table import Column, Table
 from typer import Argument, BadParameter, Option
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, markup=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 HINTS = {  # to what others raise
     "Errno": "check the path and the space left there",
@@ -40,6 +40,16 @@ Size = Annotated[int | None, Option(min=8, help="Short side images are resized t
 Limit = Annotated[int | None, Option(min=1, help="Most images of a split, evenly spaced.")]
 Settings = Annotated[list[str] | None, Option("--set", metavar="FIELD=VALUE", help="Any other field.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress: results and errors only.")]
+
+
+def _report(file: Path | None) -> Path | None:
+    """Refuse before the work a file that cannot be written after it, or of another kind, say a photo."""
+    if file and (file.suffix.lower() not in (".json", ".csv") or not file.parent.is_dir()):
+        raise BadParameter(f"{file}; expected NAME.json or NAME.csv in a folder that exists")
+    return file
+
+
+JsonFile = Annotated[Path | None, Option("--json", callback=_report, help="Also write the result, a .json.")]
 
 
 def _version(wanted: bool) -> None:
@@ -90,7 +100,7 @@ def train(
         return print(*(f"{k}: {v}" for k, v in training.cost(config, model_config).items()), sep="\n")
     name = f"{config.recipe}-stage-{config.stage}" if config.recipe else ""
     folder = out_dir or Path("runs") / (name or f"{Path(config.dataset).resolve().name}-{config.preset}")
-    console = Console(stderr=True, soft_wrap=True, highlight=False, quiet=quiet)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=quiet)
     code = training.train(config, model_config, folder, device, console, allow_changes=allow_changes)
     if os.environ.get("RANK", "0") != "0":  # torchrun: the first process speaks
         raise typer.Exit(code)
@@ -115,8 +125,8 @@ def evaluate(
     flip: Annotated[bool, Option("--flip", help="Average with the mirror image.")] = False,
     mode: Annotated[Literal["whole", "slide", "tiles"], Option(help="slide, tiles: in windows.")] = "whole",
     device: Device = "auto",
-    json_file: Annotated[Path | None, Option("--json", help="Also write the scores to this file.")] = None,
-    csv_file: Annotated[Path | None, Option("--csv", help="Also write the table to this file.")] = None,
+    json_file: JsonFile = None,
+    csv_file: Annotated[Path | None, Option("--csv", callback=_report, help="Also write the table.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
@@ -162,7 +172,7 @@ def segment(
     entropy: Annotated[bool, Option("--entropy", help="Also write how undecided it is, 0..255.")] = False,
     trajectory: Annotated[bool, Option("--trajectory", help="Also draw the flow: sheet and GIF.")] = False,
     ids: Annotated[Literal["train", "raw"], Option(help="raw: the mask values of the data set.")] = "train",
-    json_file: Annotated[Path | None, Option("--json", help="Also write each photo's classes here.")] = None,
+    json_file: JsonFile = None,
     max_pixels: Annotated[int | None, Option(min=1, help="Largest photo that is opened.")] = None,
     force: Annotated[bool, Option("--force", help="Overwrite outputs that exist.")] = False,
     device: Device = "auto",
@@ -173,11 +183,9 @@ def segment(
 
     photos, one = find_photos(paths, output), output.suffix and not output.is_dir()
     if (one and (output.suffix.lower() != ".png" or len(photos) > 1)) or ("-" in paths and not one):
-        raise BadParameter(
-            f"-o {output} for {len(photos)} photos; expected a .png for one, a folder for files"
-        )
+        raise BadParameter(f"-o {output} for {len(photos)} photos; expected a .png for one, else a folder")
     model = _load(checkpoint, device)
-    from segment import plan, segment_all, segment_one, tell
+    from segment import plan, report, segment_all, segment_one, tell
 
     wishes = {"overlay.png": overlay, "side-by-side.png": side_by_side, "confidence.png": confidence,
               "entropy.png": entropy, "trajectory.png": trajectory, "trajectory.gif": trajectory}  # fmt: skip
@@ -186,7 +194,7 @@ def segment(
                    "tiles" if tiles else "whole", ids == "raw", max_pixels or MAX_PIXELS)  # fmt: skip
     records = tell(segment_all(planned, work), len(photos), out, err, quiet)
     if json_file:
-        json_file.write_text(json.dumps(records, indent=2))
+        report(json_file, records)
     raise typer.Exit(int(any(record["state"] == "failed" for record in records)))
 
 
@@ -217,7 +225,7 @@ def info(
         _print_dataset(facts)
     else:
         for name, value in facts.items():
-            out.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}", markup=False)
+            out.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
     raise typer.Exit(3 if facts.get("problems") else 0)
 
 
@@ -245,7 +253,7 @@ def _print_dataset(facts: dict) -> None:
         ignored = part["ignored"] / max(1, part["ignored"] + sum(part["pixels"]))
         out.print(f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} ignored")
     for problem in facts["problems"]:
-        out.print(f"problem: {problem}", style="red", markup=False)
+        out.print(f"problem: {problem}", style="red")
     out.print(f"problems: {len(facts['problems']) or 'none'}")
 
 
@@ -282,11 +290,10 @@ def _load(checkpoint: Path | None, device: str = "auto"):
 
     if checkpoint is None or checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
-        err.print(f"weights: {checkpoint}", markup=False)
+        err.print(f"weights: {checkpoint}")
     model = FlowSeg.load(checkpoint, pick_device(device))
     if "classes" not in model.metadata:
-        hint = f"train from it: flowseg train --init {checkpoint}"
-        raise CheckpointError(f"{checkpoint} is a backbone without classes; expected trained weights; {hint}")
+        raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")
     return model
 
 
@@ -305,7 +312,7 @@ def main() -> None:
             hint = next(hint for word, hint in HINTS.items() if word in text)
             text = f"{type(error).__name__}: {text}; {hint}"
         process = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""  # of torchrun
-        err.print(f"error: {process}{' '.join(text.split())}", style="red", markup=False)
+        err.print(f"error: {process}{' '.join(text.split())}", style="red")
     sys.exit(code or 0)
 
 

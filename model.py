@@ -357,15 +357,17 @@ def start_from(model: FlowSeg, path: str | Path) -> None:
 
 def from_public(path: Path) -> FlowSeg:
     """What `import_pixnerd` makes of a file; kept beside it as .safetensors, which is read the next time."""
-    copy = path.with_suffix(".safetensors")
-    if copy.exists() and not (path.exists() and path.stat().st_mtime >= copy.stat().st_mtime):
-        return FlowSeg.load(copy)
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+    copy, source = path.with_suffix(".safetensors"), None
+    with suppress(CheckpointError):  # there is none, or nothing of ours
+        kept = FlowSeg.load(copy)
+        source = kept.metadata.get("source")
+    if source and source == stamp:
+        return kept
     model = import_pixnerd(path)
-    if os.environ.get("RANK", "0") == "0":  # of the processes that train together, one writes
+    if os.environ.get("RANK", "0") == "0" and (source or not copy.exists()):  # other weights stay
         with suppress(CheckpointError):  # where it cannot write it goes on without
-            if copy.exists():
-                FlowSeg.load(copy)  # fails if the file is not one of ours, which then stays
-            model.save(copy, source=path.name)
+            model.save(copy, source=stamp)
     return model
 
 

@@ -48,7 +48,11 @@ class Config:
         rules = {
             "num_classes": (self.num_classes >= 2, "at least 2"),
             "patch_size": (self.patch_size > 0 and (halves or not self.conv_width), "a power of two"),
-            "hidden": (self.hidden % (4 * self.heads) == 0, f"a multiple of 4 x {self.heads} heads"),
+            "heads": (self.heads > 0, "at least 1"),
+            "hidden": (self.hidden % (4 * self.heads or 1) == 0, f"a multiple of 4 x {self.heads} heads"),
+            "depth": (self.depth > 0, "at least 1"),
+            "field_width": (self.field_width > 0, "at least 1"),
+            "conv_width": (self.conv_width >= 0 and self.conv_width % 8 == 0, "a multiple of 8, or 0"),
             "encoding": (self.encoding in ("kronecker", "coded"), "kronecker or coded"),
             "dims": (3 <= self.dims <= most, f"3-{most} with encoding {self.encoding}"),
             "objective": (self.objective in ("reshaped", "vanilla"), "reshaped or vanilla"),

@@ -39,8 +39,8 @@ class RunError(Exception):
     exit_code = 2
 
 
-def claim(folder: Path, config: dict, allow_changes: bool) -> None:
-    """Make the folder this run's own, or check that it is: RunError for another run or foreign content."""
+def check(folder: Path, config: dict, allow_changes: bool) -> None:
+    """RunError if the folder holds another run or foreign content."""
     path = folder / "config.json"
     try:
         if not path.exists() and folder.exists() and any(file.name[0] != "." for file in folder.iterdir()):
@@ -51,10 +51,14 @@ def claim(folder: Path, config: dict, allow_changes: bool) -> None:
         if changed and not allow_changes:
             fix = "repeat its options, use --out, or --allow-changes"
             raise RunError(f"{folder} holds another run ({'; '.join(changed)}): {fix}")
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(config, indent=2) + "\n")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise RunError(f"cannot use {folder} ({error}); choose another with --out") from error
+
+
+def claim(folder: Path, config: dict) -> None:
+    """Make the folder this run's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -107,7 +111,7 @@ def load_state(
     else:
         if damage:
             raise CheckpointError(f"{'; '.join(damage)}; choose another folder with --out")
-        return 0, 0, -1.0
+        tensors, (step, validated, best) = {}, (0, 0, -1.0)
     first = process()[0] == 0
     if damage and first:  # set aside, so that the next save does not take it for the state to keep
         rest = f"going on from the state saved before it, at step {step}"
@@ -115,10 +119,14 @@ def load_state(
         (folder / STATE).replace(folder / "damaged.safetensors")
 
     parameters = dict(model.named_parameters())
-    for key in [key for key in tensors if key.startswith("optimizer.")]:
-        name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
-        optimizer.state[parameters[name]][moment] = tensors.pop(key).to(parameters[name].device)
-    nn.ModuleDict({"model": model, "ema": ema}).load_state_dict(tensors)
+    try:
+        for key in [key for key in tensors if key.startswith("optimizer.")]:
+            name, moment = key.removeprefix("optimizer.").rsplit(".", 1)
+            optimizer.state[parameters[name]][moment] = tensors.pop(key).to(parameters[name].device)
+        if tensors:
+            nn.ModuleDict({"model": model, "ema": ema}).load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:  # let through by --allow-changes
+        raise RunError(f"{folder}: the state is of another network or teacher; use --out") from error
     metrics = folder / "metrics.jsonl"
     if first and metrics.exists():  # what was logged after this state will be logged again
         lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]

@@ -3,12 +3,14 @@
 Every photo goes through the network by itself, so it gives the same bytes alone, in a folder, in any order.
 """
 
+import json
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -21,6 +23,7 @@ from rich.progress import Progress
 
 import picture
 from model import FlowSeg, assign_photo, to_input
+from run import replace_text
 
 Photo = Path | str  # "-" is standard input
 NETWORK = Lock()  # it has all cores to itself
@@ -81,15 +84,25 @@ def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet:
         for record in records:
             failed = record["state"] == "failed"
             if record["state"] == "segmented":
-                screen.print(f"{record['photo']} -> {record['mask']}", markup=False)
+                screen.print(f"{record['photo']} -> {record['mask']}")
             if record["note"] and (failed or not quiet):
-                err.print(record["note"], style="red" if failed else None, markup=False)
+                err.print(record["note"], style="red" if failed else None)
             told.append(record)
             bar.update(task, advance=1, description=f"{bar.tasks[0].speed or 0:.1f} images/s")
     if many:
         counts = Counter(record["state"] for record in told)
         err.print(", ".join(f"{count} {state}" for state, count in counts.items()))
     return told
+
+
+def report(file: Path, records: list[dict]) -> None:
+    """Write the records as JSON; of what was skipped, those that the file has from an earlier time."""
+    earlier = {}
+    if file.exists():
+        with suppress(ValueError, TypeError, KeyError):  # not a report
+            earlier = {record["photo"]: record for record in json.loads(file.read_text())}
+    kept = [earlier.get(r["photo"], r) if r["state"] == "skipped" else r for r in records]
+    replace_text(file, json.dumps(kept, indent=2) + "\n")
 
 
 def _compute(model: FlowSeg, photo: Image.Image, size: int, steps: int, mode: str, kinds: Set[str]) -> tuple:

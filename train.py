@@ -105,6 +105,10 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
         given = choose("--stage", str(given.get("stage", 1)), stages) | given
     values = choose("--preset", given.get("preset", TrainConfig.preset), PRESETS) | given
     config = TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__})
+    counts = "batch", "accumulate", "max_steps", "eval_every", "save_every", "log_every", "repa_depth"
+    for name, least in (dict.fromkeys(counts, 1) | {"seed": 0, "workers": 0}).items():
+        if getattr(config, name) < least:
+            raise RunError(f"{name} is {getattr(config, name)}; expected at least {least}")
     if config.dtype not in ("auto", "float32", "bfloat16"):
         raise RunError(f"dtype is {config.dtype!r}; expected auto, float32 or bfloat16")
     data = open_dataset(config.dataset, "training", config.root, strict=False)  # the label table is enough
@@ -118,8 +122,6 @@ def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
     parts, patch = int(os.environ.get("WORLD_SIZE", 1)) * config.accumulate, model_config.patch_size
     if config.size % patch:
         raise RunError(f"size is {config.size}; expected a multiple of the patch size {patch}")
-    if config.repa_depth < 1:
-        raise RunError(f"repa_depth is {config.repa_depth}; expected at least 1")
     if config.batch % parts:
         raise RunError(f"batch is {config.batch}; expected a multiple of {parts}, processes x accumulate")
     return config, model_config
@@ -287,7 +289,7 @@ def train(
     kind: FlowSeg, or a baseline that keeps its interface (tests/baselines.py).
     """
     device = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:  # torchrun, not a left-over
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     rank, world = process()
     if device.type == "cuda":
@@ -305,11 +307,15 @@ def train(
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if config.teacher:  # not before: its projector is trained and resumed with the model, but not exported
+        torch.manual_seed(config.seed)  # whatever the weights were read from
         model.alignment = Alignment(model.network, config.teacher, config.repa_depth, config.repa_weight)
     optimizer = make_optimizer(model, config)
-    if rank == 0:  # not before: what is refused leaves no folder
-        run.claim(folder, {"train": asdict(config), "model": asdict(network)}, allow_changes)
+    configs = {"train": asdict(config), "model": asdict(network)}
+    if rank == 0:
+        run.check(folder, configs, allow_changes)
     step, validated, best = run.load_state(folder, model, ema, optimizer, console)
+    if rank == 0:  # not before: what is refused leaves no folder
+        run.claim(folder, configs)
     model.network.recompute = config.recompute
     if config.compile:  # in place, so that the weights keep their names
         model.network.compile()

@@ -135,7 +135,7 @@ def test_eval_options_are_in_the_protocol_and_the_table_is_written_as_csv(traine
     assert [row["name"] for row in rows] == ["left", "right"]
     assert [int(row["pixels"]) for row in rows] == [c["pixels"] for c in facts["classes"]] == [456, 456]
     assert [float(row["IoU"]) for row in rows] == [c["IoU"] for c in facts["classes"]]
-    fails(flowseg("eval", "--csv", "no/table.csv", cwd=cwd), 2, "no/table.csv", "check the path")
+    fails(flowseg("eval", "--csv", "no/table.csv", cwd=cwd), 2, "no/table.csv", "a folder that exists")
 
 
 def test_a_missing_split_is_named_by_eval(trained):
@@ -318,7 +318,7 @@ def test_bad_checkpoints_and_outputs_are_named(trained):
     )
     fails(flowseg("segment", "p.jpg", "-o", "p.jpg/m.png", cwd=cwd), 1, "p.jpg")
     fails(flowseg("segment", "p.jpg", "-o", "m.txt", cwd=cwd), 2, "m.txt", "expected")
-    fails(flowseg("eval", "--json", "no/where.json", cwd=cwd), 2, "no/where.json", "check the path")
+    fails(flowseg("eval", "--json", "no/where.json", cwd=cwd), 2, "no/where.json", "a folder that exists")
     fails(flowseg("train", "--out", "p.jpg", *QUICK, cwd=cwd), 2, "cannot use p.jpg", "--out")
     fails(flowseg("eval", "--dataset", "shapes", cwd=cwd), 2, "shapes has other classes", "--dataset")
 

@@ -377,6 +377,17 @@ def test_two_processes_with_a_teacher_are_one(tmp_path, settings):
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
+def test_the_projector_is_the_same_whatever_the_weights_were_read_from(tmp_path):
+    """A public checkpoint draws no random numbers when it is read, its copy does."""
+    (tmp_path / "x.ckpt").write_bytes((GOLDEN / "pixnerd_tiny.ckpt").read_bytes())
+    sizes = "patch_size=4", "hidden=32", "field_depth=2", "field_ratio=2"
+    settings = *sizes, f"teacher={stored(tmp_path)}", f"init={tmp_path / 'x.ckpt'}"
+    for name in ("first", "second"):
+        run(tmp_path / name, *settings)
+    first, second = (load_file(tmp_path / name / "state.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_mistakes_are_named_on_the_command_line(tmp_path):
     (tmp_path / "bad.pth").write_bytes((GOLDEN / "dinov2_tiny.pth").read_bytes()[:-10])
     command = "train", *QUICK, "--max-steps", 1, "--set", "teacher=bad.pth"

@@ -378,6 +378,15 @@ def test_a_server_with_less_than_we_have_starts_again(here):
     works(here.run("dinov2-b14", "--sha256", hashlib.sha256(BYTES[:1000]).hexdigest()))
 
 
+def test_a_process_killed_after_the_last_byte_asks_for_nothing(here):
+    here.server.cuts = [240_000, 0, 0, 0, 0]
+    fails(here.run("dinov2-b14"), 4, "400,000")
+    part(here).write_bytes(BYTES)
+    before = len(here.server.asked)
+    works(here.run("dinov2-b14"))
+    assert len(here.server.asked) == before
+
+
 def test_a_damaged_side_file_starts_again(here):
     here.server.cuts = [240_000, 0, 0, 0, 0]
     fails(here.run("dinov2-b14"), 4, "400,000")

@@ -177,6 +177,36 @@ def test_a_half_written_line_of_the_log_is_dropped(tmp_path):
     assert log.read_text() == before
 
 
+def test_a_run_killed_before_its_first_save_begins_its_log_anew(tmp_path):
+    run(tmp_path / "whole")
+    run(tmp_path / "killed")
+    for name in ("state", "last", "best"):
+        (tmp_path / "killed" / f"{name}.safetensors").unlink()
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as log:
+        log.write('{"step": 5, "lo')
+    run(tmp_path / "killed")
+    assert same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_change_that_the_state_cannot_take_leaves_the_run_as_it_was(tmp_path):
+    run(tmp_path / "run", max_steps=2)
+    config = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(RunError, match="the state is of another network or teacher; use --out"):
+        run(tmp_path / "run", "depth=2", max_steps=2, allow_changes=True)
+    assert (tmp_path / "run" / "config.json").read_text() == config
+    assert run(tmp_path / "run", max_steps=2) == 0
+
+
+@pytest.mark.parametrize("setting", [
+    "batch=0", "accumulate=0", "max_steps=0", "eval_every=0", "save_every=0", "log_every=0", "seed=-1",
+    "workers=-1", "heads=0", "depth=0", "field_width=0", "conv_width=4",
+])  # fmt: skip
+def test_numbers_that_cannot_be_are_named(setting):
+    name, _, value = setting.partition("=")
+    with pytest.raises(RunError, match=f"{name} is {value}; expected a"):
+        resolve({}, [setting])
+
+
 def test_changed_options_need_permission(tmp_path):
     run(tmp_path / "run", max_steps=2)
     with pytest.raises(RunError, match=r"holds another run \(max_steps was 2, now 3\).*--allow-changes"):

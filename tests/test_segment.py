@@ -245,6 +245,25 @@ def test_max_pixels_refuses_and_allows(here):
     assert here.segment("a.png", "-o", "m.png", "--max-pixels", 1200).returncode == 0
 
 
+def test_a_second_run_keeps_what_the_report_says_of_finished_photos(here):
+    Image.fromarray(noise(40, 30)).save(here.folder / "a.png")
+    call = ["-o", "out", "--json", "all.json"]
+    assert here.segment("a.png", *call).returncode == 0
+    before = json.loads((here.folder / "all.json").read_text())
+    Image.fromarray(noise(20, 30)).save(here.folder / "b.png")
+    assert here.segment("a.png", "b.png", *call).returncode == 0
+    after = json.loads((here.folder / "all.json").read_text())
+    assert after[:1] == before and after[1]["photo"] == "b.png" and after[1]["classes"]
+
+
+def test_a_report_is_never_written_over_a_photo(here):
+    Image.fromarray(noise(40, 30)).save(here.folder / "a.png")
+    before = (here.folder / "a.png").read_bytes()
+    result = here.segment("a.png", "--json", "a.png", "-o", "out")
+    assert result.returncode == 2 and "expected NAME.json" in result.stderr
+    assert (here.folder / "a.png").read_bytes() == before
+
+
 def test_the_json_says_what_each_mask_holds(here, model):
     photo = noise(40, 30)
     Image.fromarray(photo).save(here.folder / "a.png")
