@@ -50,7 +50,6 @@ class Config:
             "patch_size": (self.patch_size > 0 and (halves or not self.conv_width), "a power of two"),
             "heads": (self.heads > 0, "at least 1"),
             "hidden": (self.hidden % (4 * self.heads or 1) == 0, f"a multiple of 4 x {self.heads} heads"),
-            "depth": (self.depth > 0, "at least 1"),
             "field_width": (self.field_width > 0, "at least 1"),
             "conv_width": (self.conv_width >= 0 and self.conv_width % 8 == 0, "a multiple of 8, or 0"),
             "encoding": (self.encoding in ("kronecker", "coded"), "kronecker or coded"),

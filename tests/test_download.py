@@ -326,7 +326,9 @@ def test_a_process_stopped_on_the_way_transfers_only_the_rest(here, number, code
     server.files["/w.ckpt"] = BYTES
     command = [sys.executable, ROOT / "flowseg.py", "download", "pixnerd-xl-512", "--root", here.root]
     command += ["--url", f"{server.url}/w.ckpt", "--sha256", hashlib.sha256(BYTES).hexdigest()]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # Started in the background by a script, the tests inherit that SIGINT is ignored.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     deadline = time.monotonic() + 30
     while server.sent < 200_000 and time.monotonic() < deadline:
         threading.Event().wait(0.01)

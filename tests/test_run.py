@@ -199,7 +199,7 @@ def test_a_change_that_the_state_cannot_take_leaves_the_run_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("setting", [
     "batch=0", "accumulate=0", "max_steps=0", "eval_every=0", "save_every=0", "log_every=0", "seed=-1",
-    "workers=-1", "heads=0", "depth=0", "field_width=0", "conv_width=4",
+    "workers=-1", "heads=0", "field_width=0", "conv_width=4",
 ])  # fmt: skip
 def test_numbers_that_cannot_be_are_named(setting):
     name, _, value = setting.partition("=")
