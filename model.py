@@ -1,420 +1,809 @@
-"""FlowSeg: semantic segmentation as a flow from the photo to a mask painted in category centroids.
+"""FlowSeg: semantic segmentation as a flow from an image to a mask painted in category centroids.
 
-Symbols, one meaning each (paper: arXiv 2603.19218; network: PixNerd, arXiv 2507.23268):
-    I       image, (B, 3, H, W) in [-1, 1]            y       labels, (B, H, W) in [0, N), 255 = ignore
-    mu      centroids of the N classes, (N, dims)     x1      mu[y], the encoded mask: the end of the flow
-    x0      source: I followed by zero channels       x_t     (1 - t) x0 + t x1_hat', a state on the way
-    v       velocity the network predicts             x1_hat  x_t + (1 - t) v, the end it heads for
-Time runs from t = 0 (photo) to t = 1 (mask). Everything is channels first; distances are float32.
+The method is FlowSeg (arXiv 2603.19218), the network is PixNerd (arXiv 2507.23268) with an image path.
+The file reads in this order: configuration, 1 encoding, 2 potential, 3 FlowSeg, 4 network, 5 files.
 
-The file reads in the order of the method: encoding, potential, FlowSeg; the network is in network.py.
+Symbols, each with one meaning:
+    I        image, (B, 3, H, W) in [-1, 1]
+    y        labels, (B, H, W) int64 in [0, N), 255 = ignore
+    mu       centroids of the N classes, (N, dims)
+    x0       source, the image followed by zero channels: the state at t = 0
+    x1       mu[y], the mask painted in centroids: the state at t = 1
+    x_t      a state on the way, (B, dims, H, W)
+    v        velocity that the network predicts from x_t, t and I
+    x1_hat   x_t + (1 - t) v, the end that the network aims at
+    d_k      ||x1_hat - mu_k||^2, squared distance of a pixel to the centroid of class k
+    p_k      softmax_k(-log(d_k + eps) / tau), soft assignment of a pixel to class k
+    Phi      -log p_y, the potential of a pixel
+Time, distances, potential and loss are float32, also where the network computes in bfloat16.
 """
 
 import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import product
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from network import Config, Features, Network
-from public import CheckpointError, faults, read_pixnerd, widened
-from public import load_dinov2 as load_dinov2
-
-IGNORE = 255  # label of pixels that count neither in the loss nor in the metric
-PRIMES = [n for n in range(2, 1614) if all(n % k for k in range(2, math.isqrt(n) + 1))]  # 255 of them
+IGNORE = 255  # label of pixels that count neither in the loss nor in the metric; data.IGNORE is the same
 
 
-def kronecker(num_classes: int, dims: int = 3) -> Tensor:
-    """Centroids (N, dims) in [-1, 1]: c_k = k (sqrt 2, sqrt 3, sqrt 5, ..) mod 1, min-max normalised."""
-    alphas = torch.tensor(PRIMES[:dims], dtype=torch.float64).sqrt()
-    c = torch.arange(1, num_classes + 1, dtype=torch.float64)[:, None] * alphas % 1
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines the network and the flow; it is stored in every checkpoint."""
+
+    num_classes: int  # N
+    # The network; the defaults are the preset `tiny`.
+    patch_size: int = 8  # P
+    hidden_size: int = 128  # D, width of a token
+    depth: int = 2  # transformer blocks
+    num_heads: int = 4
+    nerf_depth: int = 1  # blocks of the neural field
+    nerf_width: int = 32  # Dx, width of a pixel inside the neural field
+    nerf_mlp_ratio: int = 1  # r, expansion inside a block of the neural field
+    conv_width: int = 32  # channels of the convolutional image encoder; 0: the image enters as raw pixels
+    # The flow. The paper has 3 dimensions and tau = 1; docs/RESULTS.md says what other values do.
+    encoding_dims: int = 16  # channels of the state; in 3 dimensions the centroids of many classes crowd
+    encoding: str = "kronecker"  # | coded, which train.resolve chooses for more than 32 classes
+    objective: str = "reshaped"  # | vanilla: without the gradient of the potential
+    eps: float = 1e-2
+    tau: float = 0.1  # below 1 the soft assignment is sharper, which helps where centroids crowd
+    steps: int = 4  # Euler steps when the caller names none
+
+    def __post_init__(self):
+        check_ranges(self, MODEL_RANGES)
+        if self.conv_width and self.patch_size not in (2, 4, 8, 16, 32, 64):
+            raise ValueError(f"patch_size is {self.patch_size}; expected a power of two from 2 to 64")
+        if self.conv_width % 8:
+            raise ValueError(f"conv_width is {self.conv_width}; expected a multiple of 8, or 0")
+        if self.hidden_size % (4 * self.num_heads):
+            expected = f"a multiple of 4 x {self.num_heads} heads"
+            raise ValueError(f"hidden_size is {self.hidden_size}; expected {expected}")
+        if self.encoding == "coded" and self.encoding_dims > 19:  # 2^(dims - 3) words are tried
+            raise ValueError(f"encoding_dims is {self.encoding_dims}; expected 3 to 19 with encoding coded")
+
+
+MODEL_RANGES = {  # lowest and highest value of every number, or all words that are allowed
+    "num_classes": (2, 255), "patch_size": (1, 64), "hidden_size": (4, 16_384), "depth": (0, 1000),
+    "num_heads": (1, 1024), "nerf_depth": (0, 100), "nerf_width": (1, 4096), "nerf_mlp_ratio": (1, 64),
+    "conv_width": (0, 4096), "encoding_dims": (3, 255), "encoding": ("kronecker", "coded"),
+    "objective": ("reshaped", "vanilla"), "eps": (1e-12, 1e6), "tau": (1e-4, 1e4), "steps": (1, 1000),
+}  # fmt: skip
+
+
+def check_ranges(config, ranges: dict[str, tuple]) -> None:
+    """Raise ValueError for a field of another type than its range, or outside of it, as NaN always is."""
+    for name, allowed in ranges.items():
+        value = getattr(config, name)
+        if isinstance(allowed[0], str):
+            good = value in allowed
+            expected = " or ".join(allowed)
+        else:
+            good = type(value) in (int, type(allowed[0])) and allowed[0] <= value <= allowed[1]
+            kind = "a whole number" if isinstance(allowed[0], int) else "a number"
+            expected = f"{kind} from {allowed[0]:,} to {allowed[1]:,}"
+        if not good:
+            raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+# 1 Encoding: a centroid for every class ------------------------------------------------------------------
+
+
+def kronecker_centroids(num_classes: int, dims: int = 3) -> Tensor:
+    """The paper's encoding: centroids (N, dims) float32 of a Kronecker sequence, scaled to [-1, 1].
+
+    c_k = k (sqrt 2, sqrt 3, sqrt 5, ..) mod 1 for k = 1 .. N; each coordinate is then min-max normalised.
+    """
+    primes: list[int] = []
+    candidate = 2
+    while len(primes) < dims:
+        if all(candidate % prime for prime in primes):
+            primes.append(candidate)
+        candidate += 1
+    alphas = torch.tensor(primes, dtype=torch.float64).sqrt()
+    c = torch.arange(1, num_classes + 1, dtype=torch.float64)[:, None] * alphas % 1  # (N, dims)
     low, high = c.aminmax(dim=0)
     return (2 * (c - low) / (high - low).clamp_min(1e-12) - 1).float()
 
 
-def coded(num_classes: int, dims: int = 3) -> Tensor:
-    """Centroids (N, dims): the three of `kronecker`, which are the colours, then the words of a code.
+def coded_centroids(num_classes: int, dims: int = 3) -> Tensor:
+    """Centroids (N, dims) float32: three Kronecker coordinates, the class colours, then the words of a code.
 
-    Words differ by as much as `dims` allows and are about equally long, so no class has a head start; with
-    many classes in many dimensions that is much more room than a Kronecker sequence gives.
+    Words differ in as many places as `dims` allows and are about equally long, so that no class has a head
+    start; many classes have much more room than in a Kronecker sequence of the same dimension.
     """
-    colors = kronecker(num_classes, 3)
-    return colors if dims == 3 else torch.cat([colors, lexicode(num_classes, dims - 3)], dim=1)
+    colors = kronecker_centroids(num_classes, 3)
+    if dims == 3:
+        return colors
+    return torch.cat([colors, lexicode(num_classes, dims - 3)], dim=1)
 
 
 def lexicode(num_words: int, length: int) -> Tensor:
-    """(num_words, length) in [-1, 1], on the coarsest grid that has enough words: in lexicographic order,
-    each word that is far enough from all before it, for the largest such distance (Conway, Sloane 1986)."""
+    """Words (num_words, length) in [-1, 1] that lie far apart (lexicode: Conway, Sloane 1986).
+
+    In lexicographic order each word is taken that is far enough from all words before it, for the largest
+    distance that leaves enough words. The letters are the coarsest grid on which there are enough words.
+    """
     levels = 2
     while levels**length < num_words:
         levels += 1
     words = torch.cartesian_prod(*[torch.arange(levels)] * length).view(-1, length)
-    for spacing in range(length, 0, -1):  # squared, in grid steps; no more is possible (pigeonhole principle)
-        free, chosen = torch.ones(len(words), dtype=torch.bool), []
+    for spacing in range(length, 0, -1):  # squared distance in grid steps; with 1 there are always enough
+        chosen: list[int] = []
+        free = torch.ones(len(words), dtype=torch.bool)
         while len(chosen) < num_words and free.any():
-            chosen.append(int(free.byte().argmax()))  # the first
+            chosen.append(int(free.byte().argmax()))  # the first that is free
             free &= (words - words[chosen[-1]]).square().sum(1) >= spacing
         if len(chosen) == num_words:
             break
     return 2 * words[chosen].float() / (levels - 1) - 1
 
 
+kronecker = kronecker_centroids  # the short names that scripts may import
+Config = ModelConfig
+
+# 2 Potential: its gradient attracts a pixel to its own centroid and repels it from all others ------------
+
+CHUNK_CPU = 2**17  # distances computed at a time: half a megabyte of float32 stays in the cache of a core
+CHUNK_GPU = 2**22  # 16 MB of float32 keep a GPU busy and are small beside its memory
+LEAST_LOGIT = -60.0  # e^-60 is nothing beside 1; lower logits would make slow denormal numbers
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Arithmetic in the type of the tensors, also under autocast; the meta device does not know autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """||x_m - mu_k||^2 for x (M, dims) -> (M, N), and the nearest class (M, 1). One fast product, but it
-    cancels near a centroid, exactly where 1/(d + eps) matters: the least is taken again, by differences."""
-    with torch.autocast(x.device.type, enabled=False):  # it would make the product bfloat16
+    """Squared distances d (M, N) of pixels x (M, dims) to centroids (N, dims), and the nearest class (M, 1).
+
+    |x|^2 - 2 x.mu + |mu|^2 is one fast product, but it cancels near a centroid, exactly where 1 / (d + eps)
+    matters. Therefore the least distance is taken again, by direct differences.
+    """
+    with without_autocast(x.device):  # which would make the product bfloat16
         d = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)  # |mu|^2 - 2 x.mu
     d += x.square().sum(1, keepdim=True)
     nearest = d.argmin(1, keepdim=True)
-    return d.scatter_(1, nearest, (x - centroids[nearest[:, 0]]).square().sum(1, keepdim=True)), nearest
+    exact = (x - centroids[nearest[:, 0]]).square().sum(1, keepdim=True)
+    return d.scatter_(1, nearest, exact), nearest
 
 
 @torch.no_grad()
 def potential_gradient(
     x: Tensor, labels: Tensor, centroids: Tensor, eps: float, tau: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Phi = -log p_y and its gradient in x, where p = softmax_k(-log(d_k + eps) / tau), d_k = |x - mu_k|^2.
+    """The potential Phi = -log p_y of pixels and its gradient in x, where p = softmax(-log(d + eps) / tau).
 
-    x: (M, dims), labels: (M,) int64 in [0, N) -> phi (M,), grad (M, dims); float32, or float64 if x is.
-    grad Phi = (2 / tau) sum_k ([k = y] - p_k) (x - mu_k) / (d_k + eps): the label attracts, the other classes
-    repel. Worked off in chunks of pixels, so the extra memory does not grow with the image.
+    x: (M, dims); labels: (M,) int64 in [0, N); returns phi (M,) and grad (M, dims), float32, or float64 if x
+    is. Pixels are processed in chunks, so memory does not grow with the image.
     """
     x = x if x.dtype == torch.float64 else x.float()
-    centroids = centroids.to(x)
-    phi, grad = x.new_empty(len(x)), torch.empty_like(x)
-    chunk = max(1, 2 ** (17 if x.device.type == "cpu" else 22) // len(centroids))  # half a MB fits a cache
-    for i in range(0, len(x), chunk):
-        x_i, y_i = x[i : i + chunk], labels[i : i + chunk, None]
-        d, nearest = squared_distances(x_i, centroids)
-        logits = d.add_(eps).log().neg_()  # d is d + eps from here on
-        logits.sub_(logits.gather(1, nearest)).div_(tau)
-        log_own = logits.gather(1, y_i)
-        p = logits.clamp_min_(-60).softmax(1)  # lower, products with denormal numbers would take all the time
-        phi[i : i + chunk] = -(log_own + p.gather(1, nearest).log())[:, 0]
-        own = (1 - p.gather(1, y_i)) / d.gather(1, y_i)  # taken first: it cancels most
-        weight = p.div_(d).scatter_(1, y_i, 0)  # p_k / (d_k + eps) of the other classes
-        repel = weight.sum(1, keepdim=True) * x_i - weight @ centroids
-        grad[i : i + chunk] = (2 / tau) * (own * (x_i - centroids[y_i[:, 0]]) - repel)
+    mu = centroids.to(x)
+    chunk = max(1, (CHUNK_CPU if x.device.type == "cpu" else CHUNK_GPU) // len(mu))  # pixels
+    phi = x.new_empty(len(x))
+    grad = torch.empty_like(x)
+    for start in range(0, len(x), chunk):
+        part = slice(start, start + chunk)
+        phi[part], grad[part] = _potential_of_chunk(x[part], labels[part, None], mu, eps, tau)
     return phi, grad
 
 
-FORMAT = "flowseg-1"
-Generator = torch.Generator | list[torch.Generator] | None  # of a batch, or one an image
+def _potential_of_chunk(x: Tensor, y: Tensor, mu: Tensor, eps: float, tau: float) -> tuple[Tensor, Tensor]:
+    """Phi (M,) and its gradient (M, dims) for x (M, dims), y (M, 1), mu (N, dims). With s_k = d_k + eps:
+
+    grad Phi = (2 / tau) [ (1 - p_y) (x - mu_y) / s_y  -  sum over k != y of p_k (x - mu_k) / s_k ]
+                           attraction to the label        repulsion from the other classes
+    """
+    d, nearest = squared_distances(x, mu)  # (M, N), (M, 1)
+    s = d.add_(eps)  # (M, N)
+    logits = s.log().neg_()  # (M, N)
+    logits = logits.sub_(logits.gather(1, nearest)).div_(tau)  # the largest is 0
+    logit_y = logits.gather(1, y)  # (M, 1)
+    p = logits.clamp_min_(LEAST_LOGIT).softmax(1)  # (M, N)
+    phi = -(logit_y + p.gather(1, nearest).log())[:, 0]  # (M,); log p_nearest normalises, as its logit is 0
+
+    attraction = (1 - p.gather(1, y)) / s.gather(1, y) * (x - mu[y[:, 0]])  # (M, dims)
+    w = p.div_(s).scatter_(1, y, 0)  # (M, N): p_k / s_k of the other classes
+    repulsion = w.sum(1, keepdim=True) * x - w @ mu  # (M, dims), without the (M, N, dims) of all x - mu_k
+    return phi, (2 / tau) * (attraction - repulsion)
 
 
-class FlowSeg(nn.Module):
-    """The network with its centroids: training loss, sampler, decoding and file format."""
+# 3 FlowSeg: source, loss, sampler, decoding --------------------------------------------------------------
 
-    def __init__(self, config: Config, network: nn.Module | None = None):
-        super().__init__()
-        self.config = config
-        self.network = network or Network(config)
-        encode = {"kronecker": kronecker, "coded": coded}[config.encoding]
-        mu = encode(config.num_classes, config.dims)
-        self.register_buffer("centroids", mu, persistent=False)  # (N, dims)
-        self.metadata: dict = {}  # what the file says besides the weights: class names, step, mIoU, ...
-        self.alignment: nn.Module | None = None  # see public.py: in training only
-
-    def velocity(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
-        """v_theta(x_t, t, I): x (B, dims, H, W), t (B,) in [0, 1], image (B, 3, H, W) -> as x, float32."""
-        self._check(image)
-        B, _, H, W = image.shape
-        p, shape = self.config.patch_size, (B, self.config.dims, H, W)
-        if H % p or W % p:
-            raise ValueError(f"image is {H} x {W}; expected multiples of the patch size {p} (`sample` pads)")
-        if x.shape != shape or t.shape != (B,):
-            raise ValueError(f"x is {tuple(x.shape)}, t {tuple(t.shape)}; expected {shape} and ({B},)")
-        return self._velocity(x, t, self.network.encode(image))
-
-    def _velocity(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
-        return self.network(x, t, features)
-
-    def source(self, image: Tensor) -> Tensor:
-        """x0 (B, dims, H, W): the image and zeros."""
-        return F.pad(image, (0, 0, 0, 0, 0, self.config.dims - image.shape[1]))
-
-    def potential(self, x1_hat: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Phi (B, 1, H, W) and its gradient (B, dims, H, W) at the estimate; ignored pixels as class 0."""
-        y, c = labels.where(labels != IGNORE, 0).flatten(), self.config
-        with torch.autocast(x1_hat.device.type, enabled=False):  # it would make the repulsion bfloat16
-            pixels = x1_hat.movedim(1, -1).flatten(0, 2)  # (B H W, dims)
-            phi, grad = potential_gradient(pixels, y, self.centroids, c.eps, c.tau)
-        return phi.view_as(labels)[:, None], grad.view(*labels.shape, -1).movedim(-1, 1)
-
-    def loss(
-        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reshaped flow matching without the label leak; returns the loss and detached diagnostics.
-
-        image: (B, 3, H, W) in [-1, 1]; labels: (B, H, W) int64 in [0, N), 255 = ignore. All are means over
-        `count` pixels, by default the labelled ones here: with those of a larger batch, its parts add up.
-
-        A state x_t = (1 - t) I + t mu[y] would hand the network the label (I is known: solve for mu[y]), and
-        sampling, which has no label, would never visit it. So no state is made from the truth. Every image is
-        used twice: at t = 0, where the state is the photo, and at a uniform t on the straight way to the end
-        that the model itself saw from there, where the sampler will be:
-
-            x1_hat' = x0 + v(x0, 0),   x_t = (1 - t) x0 + t x1_hat',   loss = (R(x0, 0) + R(x_t, t)) / 2.
-
-        The target is what carries x_t to mu[y] in the time left. R measures it in x, as the velocity needed
-        grows like 1 / (1 - t):  R = mean |x1_hat - stopgrad(mu[y] - grad Phi(x1_hat))|^2, which at t = 0 is
-        the paper's |v - stopgrad(v_gt - grad Phi)|^2.
-        """
-        self._check(image, labels)
-        t = draw(torch.rand, (len(image),), generator).to(image)
-        count = ((labels != IGNORE).sum() if count is None else count).clamp_min(1)
-        x0, features = self.source(image), self.network.encode(image)
-        loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
-        x_t = x0.lerp(x1_hat, 1 - time_left(t))
-        later, stats_later, _ = self._loss_at(x_t, t, features, labels, count)
-        return (loss + later) / 2, {k: (stats[k] + stats_later[k]) / 2 for k in stats}
-
-    def _loss_at(
-        self, x_t: Tensor, t: Tensor, features: Features, labels: Tensor, count: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss and diagnostics at one state, and the detached estimate x1_hat (B, dims, H, W)."""
-        valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
-        x1_hat = x_t + time_left(t) * self._velocity(x_t, t, features)
-        error = x1_hat - self.paint(labels)  # (1 - t) (v - v_gt)
-        phi, grad = self.potential(x1_hat.detach(), labels)
-        residual = error + grad if self.config.objective == "reshaped" else error
-        fm, slope = error.detach().square().mean(1, True), grad.norm(dim=1, keepdim=True)
-        stats = {"fm": fm, "phi": phi, "grad": slope}
-        stats = {name: (value * valid).sum() / count for name, value in stats.items()}
-        return (residual.square() * valid).sum() / (count * self.config.dims), stats, x1_hat.detach()
-
-    def paint(self, labels: Tensor) -> Tensor:
-        """x1 = mu[y] (B, dims, H, W); ignored pixels are painted as class 0 and must be masked."""
-        return self.centroids[labels.where(labels != IGNORE, 0)].movedim(-1, 1)
-
-    @torch.no_grad()
-    def trajectory(
-        self, image: Tensor, steps: int | None = None, velocity: Callable | None = None
-    ) -> Iterator[Tensor]:
-        """States x (B, dims, H, W) of the Euler steps x <- x + v(x, i / S) / S, from the photo to the mask.
-
-        image: (B, 3, H, W) in [-1, 1], any size: the sides are padded to multiples of the patch.
-        velocity: a callable (x, t) that takes the network's place.
-        """
-        self._check(image)
-        steps = self.config.steps if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; expected at least 1")
-        H, W = image.shape[-2:]
-        p = self.config.patch_size
-        image = F.pad(image, (0, -W % p, 0, -H % p), mode="replicate")
-        if velocity is None:
-            velocity = partial(self._velocity, features=self.network.encode(image))
-        x = self.source(image)
-        yield x[..., :H, :W]
-        for i in range(steps):
-            x = x + velocity(x, torch.full((len(x),), i / steps, device=x.device)) / steps
-            yield x[..., :H, :W]
-
-    def sample(self, image: Tensor, steps: int | None = None, velocity: Callable | None = None) -> Tensor:
-        """End state x1 (B, dims, H, W) of `trajectory`: deterministic, the same image gives the same mask."""
-        *_, x = self.trajectory(image, steps, velocity)
-        return x
-
-    def segment(self, image: Tensor, steps: int | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Train ids (B, H, W) int64 of images (B, 3, h, w) in [-1, 1], at `size` or the images' own."""
-        return self.decode(self.soft_assignment(self.sample(image, steps)), size)[0].long()
-
-    @torch.no_grad()
-    def soft_assignment(self, x: Tensor, total: Tensor | None = None) -> Tensor:
-        """p_k (B, N, H, W) float32 of states x (B, dims, H, W): softmax of -log(d_k + eps) / tau, row by row,
-        which is added to `total` if that is given: several views then need no second copy."""
-        c = self.config
-        p = torch.zeros(len(x), c.num_classes, *x.shape[2:]).to(x.device) if total is None else total
-        for states, probabilities in zip(x.unbind(2), p.unbind(2), strict=True):  # of a row
-            d, _ = squared_distances(states.mT.flatten(0, 1).float(), self.centroids)  # (B W, N)
-            logits = (d + c.eps).log() / -c.tau
-            probabilities += logits.softmax(1).unflatten(0, (len(x), -1)).mT
-        return p
-
-    @torch.no_grad()
-    def decode(self, p: Tensor, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-        """Most probable class (B, H, W) int16 and its probability (B, H, W), at `size` or as large as p.
-
-        p: (B, N, h, w). A state is never interpolated: between two centroids may lie a third. Probabilities
-        are, bilinearly, in bands of rows, so the memory does not grow with `size`.
-        """
-        H, W = size or p.shape[2:]
-        labels = torch.empty(len(p), H, W, dtype=torch.int16, device=p.device)
-        confidence = torch.empty(len(p), H, W, device=p.device)
-        centre_x, centre_y = ((2 * torch.arange(n, device=p.device) + 1) / n - 1 for n in (W, H))  # (-1, 1)
-        height = max(1, 2**23 // (p[:, :, 0, 0].numel() * W))  # of a band
-        for rows in torch.arange(H, device=p.device).split(height):
-            grid = torch.stack(torch.meshgrid(centre_x, centre_y[rows], indexing="xy"), dim=-1)
-            grid = grid.expand(len(p), -1, -1, -1)  # (B, rows, W, 2)
-            band = F.grid_sample(p, grid, padding_mode="border", align_corners=False)  # (B, N, rows, W)
-            confidence[:, rows], best = band.max(1)
-            labels[:, rows] = best.short()
-        return labels, confidence
-
-    def _check(self, image: Tensor, labels: Tensor | None = None) -> None:
-        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
-            given = f"{tuple(image.shape)} {image.dtype}"
-            raise ValueError(f"image is {given}; expected (B, 3, H, W) float in [-1, 1]")
-        if labels is None:
-            return
-        given, expected = (tuple(labels.shape), labels.dtype), ((len(image), *image.shape[2:]), torch.int64)
-        if given != expected:
-            raise ValueError("labels are {} {}; expected {} {}".format(*given, *expected))
-        n = self.config.num_classes
-        if labels.device.type == "cpu" and (highest := labels.where(labels != IGNORE, 0).max()) >= n:
-            raise ValueError(f"labels run to {highest}; expected 0..{n - 1} or {IGNORE}")  # elsewhere: a wait
-
-    def save(self, path: str | Path, **metadata) -> None:
-        """Write the weights atomically as safetensors; config and metadata travel as JSON strings."""
-        write_tensors(self.state_dict(), path, {"format": FORMAT, "config": asdict(self.config), **metadata})
-
-    @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "FlowSeg":
-        """Read what `save` wrote, in eval mode; CheckpointError says what is wrong with any other file."""
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != json.dumps(FORMAT):
-                    raise CheckpointError(f"{path} is no FlowSeg checkpoint; pass one from `flowseg train`")
-                metadata = {key: json.loads(value) for key, value in metadata.items()}
-                model = cls(Config(**metadata.pop("config")))
-                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path} does not exist; pass a file from `flowseg train`") from error
-        except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} is damaged or from another version ({reason})") from error
-        model.metadata = metadata
-        return model.to(device).eval()
+Generator = torch.Generator | list[torch.Generator] | None  # one for the batch, or one for each image
 
 
-def draw(kind: Callable, shape: tuple[int, ...], generator: Generator) -> Tensor:
-    """Random numbers (B, ..) from one generator or from one an image; on the CPU, so the same everywhere."""
+def draw_random(kind: Callable, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Random numbers (B, ..) by kind = torch.rand or randn, drawn on the CPU: equal for every device."""
     if isinstance(generator, list):
         return torch.stack([kind(shape[1:], generator=own) for own in generator])
     return kind(shape, generator=generator)
 
 
 def time_left(t: Tensor) -> Tensor:
-    """1 - t as (B, 1, 1, 1), kept off zero: a bare (B,) would broadcast along the width."""
+    """1 - t as (B, 1, 1, 1), since a bare (B,) would broadcast along the width; at least 1e-3, so that
+    nothing is divided by zero: the last Euler step of 1000 begins there."""
     return (1 - t).clamp_min(1e-3)[:, None, None, None]
 
 
+class FlowSeg(nn.Module):
+    """The network with its centroids: training loss, sampler and decoding."""
+
+    def __init__(self, config: ModelConfig, network: nn.Module | None = None):
+        super().__init__()
+        self.config = config
+        self.network = network or Network(config)
+        encode = {"kronecker": kronecker_centroids, "coded": coded_centroids}[config.encoding]
+        with torch.device("cpu"):  # also where the network is built on the meta device, without values
+            mu = encode(config.num_classes, config.encoding_dims)
+        self.register_buffer("centroids", mu, persistent=False)  # (N, dims)
+        self.info = CheckpointInfo()
+
+    def velocity(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
+        """v (B, dims, H, W) float32 at x (B, dims, H, W) and t (B,) in [0, 1], given an image (B, 3, H, W) in
+        [-1, 1] whose sides are multiples of the patch size. ValueError: another shape."""
+        self._check(image)
+        B, _, H, W = image.shape
+        P = self.config.patch_size
+        shape = (B, self.config.encoding_dims, H, W)
+        if H % P or W % P:
+            raise ValueError(f"image is {H} x {W}; expected multiples of the patch size {P} (`sample` pads)")
+        if x.shape != shape or t.shape != (B,):
+            raise ValueError(f"x is {tuple(x.shape)}, t {tuple(t.shape)}; expected {shape} and ({B},)")
+        return self._velocity(x, t, self.network.encode_image(image))
+
+    def _velocity(self, x: Tensor, t: Tensor, features: "Features") -> Tensor:
+        return self.network(x, t, features)
+
+    def source(self, image: Tensor) -> Tensor:
+        """x0 (B, dims, H, W): the image followed by zero channels."""
+        return F.pad(image, (0, 0, 0, 0, 0, self.config.encoding_dims - image.shape[1]))
+
+    def encode_labels(self, labels: Tensor) -> Tensor:
+        """x1 = mu[y] (B, dims, H, W); ignored pixels get the centroid of class 0 and must be masked."""
+        return self.centroids[labels.where(labels != IGNORE, 0)].movedim(-1, 1)
+
+    def potential(self, x1_hat: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Phi (B, 1, H, W) and its gradient (B, dims, H, W); ignored pixels count as class 0."""
+        y = labels.where(labels != IGNORE, 0).flatten()  # (B H W,)
+        pixels = x1_hat.movedim(1, -1).flatten(0, 2)  # (B H W, dims)
+        with without_autocast(x1_hat.device):
+            phi, grad = potential_gradient(pixels, y, self.centroids, self.config.eps, self.config.tau)
+        return phi.view_as(labels)[:, None], grad.view(*labels.shape, -1).movedim(-1, 1)
+
+    def loss(
+        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reshaped flow matching without the label leak: the loss and detached diagnostics.
+
+        image: (B, 3, H, W) float in [-1, 1]; labels: (B, H, W) int64 in [0, N), 255 = ignore. All values are
+        means over `count` pixels, by default the labelled pixels of this batch: given the count of a larger
+        batch, the losses of its parts add up to that of the whole.
+
+        With x0 = I, a state (1 - t) x0 + t mu[y] would hand the network the label: I is known, so mu[y] can
+        be solved for. Sampling has no label and would never visit such a state. Therefore no state is made
+        from the truth. Every image is used twice: at t = 0, where the state is the image itself, and at a
+        uniform t on the straight line to the end that the network aimed at from there, where sampling goes:
+
+            x1_hat = x0 + v(x0, 0), without gradient;   x_t = (1 - t) x0 + t x1_hat
+            loss = (R(x0, 0) + R(x_t, t)) / 2
+
+        R is the paper's |v - stopgrad(v_gt - grad Phi)|^2, measured in the end instead of the velocity, since
+        the velocity that is needed grows like 1 / (1 - t). With x1_hat = x_t + (1 - t) v:
+
+            R = mean over pixels and channels of |x1_hat - stopgrad(mu[y] - grad Phi(x1_hat))|^2
+        """
+        self._check(image, labels)
+        count = ((labels != IGNORE).sum() if count is None else count).clamp_min(1)
+        t = draw_random(torch.rand, (len(image),), generator).to(image)
+        x0 = self.source(image)
+        features = self.network.encode_image(image)
+        loss_0, stats_0, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
+        x_t = x0.lerp(x1_hat, 1 - time_left(t))
+        loss_t, stats_t, _ = self._loss_at(x_t, t, features, labels, count)
+        return (loss_0 + loss_t) / 2, {name: (stats_0[name] + stats_t[name]) / 2 for name in stats_0}
+
+    def _loss_at(
+        self, x_t: Tensor, t: Tensor, features: "Features", labels: Tensor, count: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """R and diagnostics at one state per image, and the detached x1_hat (B, dims, H, W)."""
+        valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
+        x1_hat = x_t + time_left(t) * self._velocity(x_t, t, features)
+        error = x1_hat - self.encode_labels(labels)  # = (1 - t) (v - v_gt)
+        phi, grad = self.potential(x1_hat.detach(), labels)
+        residual = error + grad if self.config.objective == "reshaped" else error
+        loss = (residual.square() * valid).sum() / (count * self.config.encoding_dims)
+
+        fm_error = error.detach().square().mean(1, keepdim=True)  # (B, 1, H, W)
+        maps = {"fm_error": fm_error, "phi": phi, "grad_phi": grad.norm(dim=1, keepdim=True)}
+        stats = {name: (values * valid).sum() / count for name, values in maps.items()}
+        return loss, stats, x1_hat.detach()
+
+    @torch.no_grad()
+    def trajectory(
+        self, image: Tensor, steps: int | None = None, velocity: Callable | None = None
+    ) -> Iterator[Tensor]:
+        """The states x (B, dims, H, W) of S = `steps` Euler steps x <- x + v(x, i / S) / S, from x0 to x1.
+
+        image: (B, 3, H, W) float in [-1, 1] of any size; its sides are padded to multiples of the patch size.
+        velocity: a callable (x, t) that takes the place of the network.
+        """
+        self._check(image)
+        steps = self.config.steps if steps is None else steps
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; expected at least 1")
+        H, W = image.shape[-2:]
+        P = self.config.patch_size
+        image = F.pad(image, (0, -W % P, 0, -H % P), mode="replicate")
+        velocity = velocity or partial(self._velocity, features=self.network.encode_image(image))
+        x = self.source(image)
+        yield x[..., :H, :W]
+        for i in range(steps):
+            t = torch.full((len(x),), i / steps, device=x.device)
+            x = x + velocity(x, t) / steps
+            yield x[..., :H, :W]
+
+    def sample(self, image: Tensor, steps: int | None = None, velocity: Callable | None = None) -> Tensor:
+        """The last state x1 (B, dims, H, W) of `trajectory`: the same image always gives the same mask."""
+        *_, x = self.trajectory(image, steps, velocity)
+        return x
+
+    def segment(self, image: Tensor, steps: int | None = None) -> Tensor:
+        """Train ids (B, H, W) int64 of images (B, 3, H, W) float in [-1, 1]."""
+        return self.soft_assignment(self.sample(image, steps)).argmax(1)
+
+    @torch.no_grad()
+    def soft_assignment(self, x: Tensor) -> Tensor:
+        """p_k (B, N, H, W) float32 of states x (B, dims, H, W)."""
+        pixels = x.movedim(1, -1).flatten(0, 2).float()  # (B H W, dims)
+        d, _ = squared_distances(pixels, self.centroids)  # (B H W, N)
+        p = ((d + self.config.eps).log() / -self.config.tau).softmax(1)
+        return p.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+
+    def _check(self, image: Tensor, labels: Tensor | None = None) -> None:
+        """Raise ValueError for another shape, type or, on the CPU, where looking costs little, label."""
+        if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            given = f"{tuple(image.shape)} {image.dtype}"
+            raise ValueError(f"image is {given}; expected (B, 3, H, W) float in [-1, 1]")
+        if labels is None:
+            return
+        if labels.shape != image[:, 0].shape or labels.dtype != torch.int64:
+            given = f"{tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"labels are {given}; expected {tuple(image[:, 0].shape)} torch.int64")
+        last = self.config.num_classes - 1
+        if labels.device.type == "cpu" and (highest := labels.where(labels != IGNORE, 0).max()) > last:
+            raise ValueError(f"labels run to {highest}; expected 0..{last} or {IGNORE}")
+
+    def save(self, path: str | Path, **metadata) -> None:
+        """Write the weights atomically as .safetensors; metadata are fields of CheckpointInfo."""
+        facts = {"format": FORMAT, "config": asdict(self.config), **asdict(CheckpointInfo(**metadata))}
+        write_tensors(self.state_dict(), path, facts)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "FlowSeg":
+        """The model that `save` wrote, in eval mode. CheckpointError: any other file.
+
+        Nothing that a file says is believed unchecked: its tensors are read only after the network was built
+        without values and has the same names and shapes.
+        """
+        try:
+            if not Path(path).is_file():
+                raise CheckpointError(f"{path} is no file; pass one from `flowseg train`")
+            with safe_open(path, "pt") as file:
+                facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                if facts.pop("format", None) != FORMAT:
+                    expected = f"{FORMAT} from `flowseg train` of this version"
+                    raise CheckpointError(
+                        f"{path} is no FlowSeg checkpoint or an older one; expected {expected}"
+                    )
+                with torch.device("meta"):
+                    model = cls(ModelConfig(**facts.pop("config")))
+                model.info = CheckpointInfo(**facts)
+                shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+                    raise ValueError("its tensors are not those of its configuration")
+                weights = {name: file.get_tensor(name) for name in shapes}
+            if listed := tensor_faults(weights, model.state_dict()):
+                raise ValueError(listed)
+        except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{path} is damaged ({reason}); pass another from `flowseg train`"
+            ) from error
+        model.load_state_dict(weights, assign=True)
+        return model.to(device).eval()
+
+
+# 4 Network: PixNerd with an image path -------------------------------------------------------------------
+#
+# A transformer reads the state x_t in patches of P x P pixels. Each of its tokens then generates the weights
+# of a small neural field, which renders the pixels of that token's own patch. What the image contributes
+# depends on neither x_t nor t: it is computed once and reused at every step of the flow.
+# Shapes: L = H/P W/P tokens of width D, P P pixels in a patch, width Dx inside the neural field.
+
+
+class Features(NamedTuple):
+    """What the image adds at every step of the flow."""
+
+    tokens: Tensor  # (B, L, D), added to the tokens
+    queries: Tensor  # (B L, P P, Dx), added to the pixel queries of the neural field
+    velocity: Tensor  # (B L, P P, dims), added to the velocity
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension, in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (L, head_dim / 2) of the 2-D rotary embedding. Positions run from 0 to 16 on a grid of
+    any size, as PixNerd's weights expect."""
+    frequency = 10000 ** -(torch.arange(0, head_dim, 4, device=device) / head_dim)  # (h/4,)
+    x = torch.linspace(0, 16, width, device=device).repeat(height)  # (L,)
+    y = torch.linspace(0, 16, height, device=device).repeat_interleave(width)  # (L,)
+    angle = torch.stack([x[:, None] * frequency, y[:, None] * frequency], dim=-1)  # (L, h/4, 2)
+    return angle.flatten(1).cos(), angle.flatten(1).sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn interleaved pairs of the last dimension: x (B, heads, L, h), cos and sin (L, h / 2)."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with RMS-normalised, rotated queries and keys."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.q_norm = RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.k_norm = RMSNorm(hidden_size // num_heads, eps=1e-6)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, heads, h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, h) each
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(1, 2).flatten(2))  # (B, L, D)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), with as many weights as an MLP of inner width 4 D has in its two matrices."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        inner = int(2 / 3 * 4 * hidden_size)
+        self.w1 = nn.Linear(hidden_size, inner, bias=False)
+        self.w2 = nn.Linear(inner, hidden_size, bias=False)
+        self.w3 = nn.Linear(hidden_size, inner, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """Transformer block whose norms are shifted, scaled and gated by the condition c (adaLN)."""
+
+    def __init__(self, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.norm1 = RMSNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = RMSNorm(hidden_size, eps=1e-6)
+        self.mlp = SwiGLU(hidden_size)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(
+            6, dim=-1
+        )  # (B, 1, D)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class NerfBlock(nn.Module):
+    """Residual MLP over the pixels of a patch, whose two matrices are generated by the patch's token."""
+
+    def __init__(self, hidden_size: int, width: int, ratio: int):
+        super().__init__()
+        self.norm = RMSNorm(width, eps=1e-6)
+        self.param_generator = nn.Linear(hidden_size, 2 * width * ratio * width)
+
+    def forward(self, q: Tensor, generated: Tensor) -> Tensor:
+        """q: (n, P P, Dx), the pixels of n patches; generated: (n, 2 Dx r Dx), what their tokens gave."""
+        w1, w2 = generated.chunk(2, dim=-1)  # (n, Dx r Dx)
+        w1 = F.normalize(w1.unflatten(-1, (q.shape[-1], -1)), dim=-2)  # (n, Dx, r Dx), unit columns
+        w2 = F.normalize(w2.unflatten(-1, (-1, q.shape[-1])), dim=-2)  # (n, r Dx, Dx)
+        return q + F.silu(self.norm(q) @ w1) @ w2  # (n, P P, Dx)
+
+
+def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
+    """Two 3 x 3 convolutions, each with group norm and SiLU."""
+    layers: list[nn.Module] = []
+    for inputs, step in ((channels_in, stride), (channels, 1)):
+        layers += [nn.Conv2d(inputs, channels, 3, step, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+class ImageEncoder(nn.Module):
+    """Convolutional pyramid with a top-down path, run once per image."""
+
+    def __init__(self, widths: list[int], stride: int = 2):
+        super().__init__()
+        self.down = nn.ModuleList([conv_block(3, widths[0], stride)])
+        self.down.extend(conv_block(fine, coarse, stride=2) for fine, coarse in pairwise(widths))
+        self.up = nn.ModuleList(conv_block(fine + coarse, fine) for fine, coarse in pairwise(widths))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> its finest level (B, widths[0], H/stride, W/stride) and its coarsest one."""
+        levels = []
+        x = image
+        for block in self.down:
+            x = block(x)
+            levels.append(x)
+        for block, level in zip(reversed(self.up), reversed(levels[:-1]), strict=True):
+            x = F.interpolate(x, size=level.shape[-2:], mode="bilinear")
+            x = block(torch.cat([x, level], dim=1))
+        return x, levels[-1]
+
+
+def patchify(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, L, C, P, P), patches in row-major order."""
+    x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, H/P, P, W/P, P)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+
+
+def pixels_of(patches: Tensor) -> Tensor:
+    """(B, L, C, P, P) -> (B L, P P, C)."""
+    return patches.flatten(0, 1).flatten(2).transpose(1, 2)
+
+
+def cosine_basis(size: int, device: torch.device) -> Tensor:
+    """Positions of the pixels in a patch (P P, 64): cos(pi fx px) cos(pi fy py) / (1 + fx fy). The eight
+    frequencies are linspace(0, 8, 8) and so no whole numbers, as PixNerd's weights expect."""
+    position = torch.linspace(0, 1, size, device=device)  # (P,)
+    f = torch.linspace(0, 8, 8, device=device)
+    wave = (math.pi * position[:, None] * f).cos()  # (P, 8)
+    basis = wave[None, :, :, None] * wave[:, None, None, :] / (1 + f[:, None] * f)  # (py, px, fx, fy)
+    return basis.flatten(2).flatten(0, 1)
+
+
+CHUNK_FIELD = 2**19  # activations rendered at a time on a CPU: two megabytes stay in the cache of a core
+
+
+class Network(nn.Module):
+    """PixNerd: a transformer over patches, each of whose tokens generates a neural field for its pixels.
+
+    `encode_image` reads the image once; `forward` maps x_t and t to the velocity, given those features.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # recompute activations in the backward pass to save memory
+        P, D, dims, width = config.patch_size, config.hidden_size, config.encoding_dims, config.nerf_width
+        self.patch_embed = nn.Linear(dims * P * P, D)
+        self.time_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
+        self.null_class = nn.Parameter(torch.zeros(D))
+        self.blocks = nn.ModuleList(Block(D, config.num_heads) for _ in range(config.depth))
+        self.pixel_embed = nn.Linear(dims + 64, width)  # of [x_t(i, j), cosine_basis(i, j)]
+        nerf_blocks = (NerfBlock(D, width, config.nerf_mlp_ratio) for _ in range(config.nerf_depth))
+        self.nerf_blocks = nn.ModuleList(nerf_blocks)
+        self.head_norm = RMSNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, dims)
+
+        # The image path: levels at strides 2, 4, .., P; without them tokens and pixels read the raw image.
+        widths = [config.conv_width * min(2**level, 4) for level in range(int(math.log2(P)))]
+        self.image_encoder = ImageEncoder(widths) if config.conv_width else None
+        token_channels = widths[-1] if config.conv_width else 3 * P * P
+        pixel_channels = 3 + (widths[0] if config.conv_width else 0)
+        self.image_to_token = nn.Linear(token_channels, D, bias=False)
+        self.image_to_pixel = nn.Linear(pixel_channels, width, bias=False)
+        self.image_to_velocity = nn.Linear(pixel_channels, dims, bias=False)  # past the norm of the head
+
+        # Blocks start as the identity and the head at zero, as in DiT.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.head.weight)
+
+    def encode_image(self, image: Tensor) -> Features:
+        """What the image (B, 3, H, W) adds at every step: to tokens, pixel queries and velocity."""
+        P = self.config.patch_size
+        if self.image_encoder:
+            fine, coarse = self.image_encoder(image)
+            fine = F.interpolate(fine, scale_factor=2, mode="bilinear")  # (B, C, H, W)
+            pixels = torch.cat([image, fine], dim=1)
+            cells = coarse.flatten(2).transpose(1, 2)  # (B, L, C)
+        else:
+            pixels = image
+            cells = patchify(image, P).flatten(2)  # (B, L, 3 P P)
+        pixels = pixels_of(patchify(pixels, P))  # (B L, P P, 3 + C)
+
+        # Positions enter the pixel queries linearly and are the same at every step, so they are added here.
+        position_weight = self.pixel_embed.weight[:, self.config.encoding_dims :]  # (Dx, 64)
+        position = cosine_basis(P, image.device) @ position_weight.T  # (P P, Dx)
+        queries = self.image_to_pixel(pixels) + position
+        return Features(self.image_to_token(cells), queries, self.image_to_velocity(pixels))
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Embedding (B, D) of t (B,) in [0, 1], in float32 also under autocast. The largest period is 10
+        instead of the usual 10,000, as PixNerd never scales t up."""
+        frequency = torch.exp(-math.log(10) / 128 * torch.arange(128, device=t.device))
+        angle = t.float()[:, None] * frequency  # (B, 128)
+        with without_autocast(t.device):
+            return self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+    def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
+        """The velocity (B, dims, H, W) float32 at x (B, dims, H, W) and t (B,) in [0, 1]."""
+        B, C, H, W = x.shape
+        P = self.config.patch_size
+        cells = patchify(x, P)  # (B, L, C, P, P)
+        time = self.embed_time(t)  # (B, D)
+
+        # The transformer: tokens of the state, to which the image adds its own, under the condition of time.
+        tokens = self.patch_embed(cells.flatten(2)) + features.tokens  # (B, L, D)
+        condition = F.silu(time + self.null_class)  # (B, D)
+        cos, sin = rotary_angles(H // P, W // P, self.config.hidden_size // self.config.num_heads, x.device)
+        for block in self.blocks:
+            tokens = self._run(block, tokens, condition, cos, sin)
+
+        # The neural field: every token generates the weights that render its own P x P pixels.
+        s = F.silu(time[:, None] + tokens).flatten(0, 1)  # (B L, D)
+        generated = [block.param_generator(s) for block in self.nerf_blocks]  # (B L, 2 Dx r Dx) each
+        inputs = [pixels_of(cells), features.queries, features.velocity, *generated]
+        chunk = self._chunk(x.device)
+        parts = zip(*(values.split(chunk or len(s)) for values in inputs), strict=True)
+        out = torch.cat([self._run(self.render_patches, *part) for part in parts]).float()  # (B L, P P, C)
+        return out.view(B, H // P, W // P, P, P, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+
+    def render_patches(self, x: Tensor, queries: Tensor, velocity: Tensor, *generated: Tensor) -> Tensor:
+        """The neural fields of n tokens: states x (n, P P, C) and what the image adds -> (n, P P, C)."""
+        state_weight = self.pixel_embed.weight[:, : x.shape[-1]]
+        q = F.linear(x, state_weight, self.pixel_embed.bias) + queries  # (n, P P, Dx)
+        for block, weights in zip(self.nerf_blocks, generated, strict=True):
+            q = block(q, weights)
+        return self.head(self.head_norm(q)) + velocity
+
+    def _chunk(self, device: torch.device) -> int:
+        """How many tokens render their pixels at a time; 0: all."""
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return 0
+        activations = self.config.patch_size**2 * self.config.nerf_mlp_ratio * self.config.nerf_width
+        return max(1, CHUNK_FIELD // activations)
+
+    def _run(self, function: Callable, *inputs: Tensor) -> Tensor:
+        """function(*inputs); its activations are kept for the backward pass, or recomputed there."""
+        if self.activation_checkpointing:
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+
+# 5 Files: weights as .safetensors, with metadata as JSON strings -----------------------------------------
+
+FORMAT = "flowseg-2"
+
+
+class CheckpointError(Exception):
+    """A file of weights that cannot be used; the message is one line and says what to do."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says besides its weights and their configuration. ValueError: a wrong value."""
+
+    classes: tuple[str, ...] = ()  # names in the order of train ids; none: a backbone, which cannot segment
+    ids: tuple[int, ...] = ()  # raw mask value of each class
+    ignore: tuple[int, ...] = ()  # raw mask values that are ignored
+    dataset: str = ""  # a name, or the absolute path of a folder
+    root: str = ""  # data root of a named data set
+    crop_size: int = 0  # side of the training crop; evaluation makes it the short side
+    step: int = 0
+    mIoU: float | None = None  # validation scores at that step, in [0, 1]
+    aAcc: float | None = None
+    mAcc: float | None = None
+    protocol: dict = field(default_factory=dict)  # how the scores were measured
+    environment: dict = field(default_factory=dict)  # versions and commit
+
+    def __post_init__(self):
+        for name, kind in {"classes": str, "ids": int, "ignore": int}.items():
+            values = getattr(self, name)
+            if type(values) not in (list, tuple) or any(type(value) is not kind for value in values):
+                raise ValueError(f"{name} is {values!r}; expected a list of {kind.__name__}")
+            object.__setattr__(self, name, tuple(values))
+        if len(self.classes) != len(set(self.classes)) or len(self.classes) != len(set(self.ids)):
+            raise ValueError("classes and ids are not different, or not one id a class")
+        for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind.__name__}")
+        scores = [name for name in ("mIoU", "aAcc", "mAcc") if getattr(self, name) is not None]
+        check_ranges(self, {"crop_size": (0, 2**20), "step": (0, 2**53)} | dict.fromkeys(scores, (0.0, 1.0)))
+
+
+def tensor_faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """How many tensors are missing, unknown, of another shape or not finite, and the first three; or ""."""
+    wrong = []
+    for name in sorted(expected.keys() | found.keys()):
+        wanted = str(tuple(expected[name].shape)) if name in expected else "nothing"
+        given = str(tuple(found[name].shape)) if name in found else "missing"
+        if (
+            given == wanted
+            and found[name].numel()
+            and not torch.stack(found[name].aminmax()).isfinite().all()
+        ):
+            given = "not finite"
+        if given != wanted:
+            wrong.append(f"{name} is {given}, expected {wanted}")
+    more = "; .." if len(wrong) > 3 else ""
+    return f"{len(wrong)} faults: {'; '.join(wrong[:3])}{more}" if wrong else ""
+
+
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict, keep: str = "") -> None:
-    """Write a safetensors file with JSON metadata, all of it or nothing; the one before stays as `keep`."""
+    """Write a .safetensors file whole or not at all; a file that it replaces is kept under the name `keep`.
+
+    It grows in a folder .NAME.part beside it, so that whatever a kill leaves there is found and removed.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
+    folder = path.with_name(f".{path.name}.part")
+    part = folder / path.name
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary,
-                  {k: json.dumps(v) for k, v in metadata.items()})  # fmt: skip
-        _sync(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # rmtree leaves a file or a link of that name, which is not followed
+            folder.unlink()
+        folder.mkdir()
+        strings = {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, strings)
+        part.chmod(0o666 & folder.stat().st_mode)  # what the umask allows; safetensors makes it 0600
+        _sync(part)
         if keep and path.exists():
             os.replace(path, path.with_name(keep))
-        os.replace(temporary, path)
-        _sync(path.parent)  # the new name, too
+        os.replace(part, path)
+        with suppress(OSError):  # some network shares refuse it for a folder
+            _sync(path.parent)  # the new name, too
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}; the file before it is kept") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    if os.name == "posix":  # Windows cannot open a folder
+    """Force a file, or the names in a folder, to the disk; Windows cannot open a folder."""
+    if os.name == "posix":
         number = os.open(path, os.O_RDONLY)
-        os.fsync(number)
-        os.close(number)
-
-
-def import_pixnerd(path: str | Path) -> FlowSeg:
-    """The EMA network of a public PixNerd checkpoint, blind to the image, with the least of classes: two."""
-    network = read_pixnerd(path)
-    return FlowSeg(network.config, network).eval()
-
-
-def start_from(model: FlowSeg, path: str | Path) -> None:
-    """Copy the network weights of a checkpoint, ours or a public PixNerd's; the classes may be others."""
-    path = Path(path)
-    source = FlowSeg.load(path) if path.suffix == ".safetensors" else from_public(path)
-    weights = widened(source.network, model.network)
-    if listed := faults(weights, model.network.state_dict()):
-        raise CheckpointError(f"{path} has another network ({listed}); match --preset")
-    model.network.load_state_dict(weights)
-
-
-def from_public(path: Path) -> FlowSeg:
-    """What `import_pixnerd` makes of a file; kept beside it as .safetensors, which is read the next time."""
-    stamp = [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
-    copy, source = path.with_suffix(".safetensors"), None
-    with suppress(CheckpointError):  # there is none, or nothing of ours
-        kept = FlowSeg.load(copy)
-        source = kept.metadata.get("source")
-    if source and source == stamp:
-        return kept
-    model = import_pixnerd(path)
-    if os.environ.get("RANK", "0") == "0" and (source or not copy.exists()):  # other weights stay
-        with suppress(CheckpointError):  # where it cannot write it goes on without
-            model.save(copy, source=stamp)
-    return model
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def weights_hash(model: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 of all weights, in the order of their names."""
+    """The first 16 hexadecimal digits of the SHA-256 of all weights, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def to_input(photo: Image.Image, size: int) -> Tensor:
-    """RGB PIL image -> (1, 3, h, w) in [-1, 1], short side `size`, long side at most 4 times that."""
-    assert photo.mode == "RGB", f"photo has mode {photo.mode}; expected RGB: photo.convert('RGB')"
-    scale = min(size / min(photo.size), 4 * size / max(photo.size))
-    width, height = (max(1, round(side * scale)) for side in photo.size)
-    photo = photo.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def assign_photo(model: FlowSeg, photo: Image.Image, size: int, steps: int, flip: bool, mode: str) -> Tensor:
-    """Soft assignments (1, N, h, w) of a photo whose short side is made `size`.
-
-    flip: averaged with the mirror image's. mode whole: one window; slide: the average of square windows that
-    overlap by a third; tiles: of those of the training size that overlap by half and fade out to the border.
-    """
-    image = to_input(photo, size).to(model.centroids.device)  # (1, 3, h, w)
-    most, crop = max(image.shape), model.metadata.get("size", size)
-    side, step = {"whole": (most, most), "slide": (size, size * 2 // 3), "tiles": (crop, crop // 2)}[mode]
-    spans = [[slice(max(0, min(i, n - side)), i + side) for i in range(0, max(1, n - side + step), step)]
-             for n in image.shape[2:]]  # fmt: skip
-    views = [(rows, columns, model.sample(image[..., rows, columns].flip(axes), steps).flip(axes))
-             for rows, columns, axes in product(*spans, ([], [-1])[: 1 + flip])]  # fmt: skip
-    p = image.new_zeros(1, model.config.num_classes, *image.shape[2:])  # large, so not before sampling
-    for rows, columns, x in views:
-        if mode == "tiles":
-            fade_y, fade_x = (torch.hann_window(n + 2, periodic=False).to(p)[1:-1] for n in x.shape[2:])
-            p[..., rows, columns] += model.soft_assignment(x) * fade_y[:, None] * fade_x
-        else:
-            model.soft_assignment(x, p[..., rows, columns])
-    return p.div_(p.sum(1, keepdim=True))
-
-
-def segment_photo(
-    model: FlowSeg, photo: Image.Image | np.ndarray, size: int, steps: int, flip=False, mode="whole"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Train ids (H, W) uint8 and their probabilities (H, W) float32 of a photo, RGB or (H, W, 3) uint8."""
-    photo = photo if isinstance(photo, Image.Image) else Image.fromarray(photo)
-    found = model.decode(assign_photo(model, photo, size, steps, flip, mode), photo.size[::-1])
-    return found[0][0].byte().cpu().numpy(), found[1][0].cpu().numpy()

@@ -1,25 +1,22 @@
-"""Training and evaluation; run.py has what surrounds a run: its directory, processes and signals.
+"""Training and evaluation of FlowSeg; flowseg_tools/runs.py has what surrounds a run.
 
-One loop: draw a batch, take `FlowSeg.loss`, step AdamW, follow with an exponential moving average (EMA), now
-and then score the EMA with the function behind `flowseg eval`, and save. All randomness is a function of
-(seed, step, place in the batch) or of (seed, epoch, index): a run that was stopped and continued is the same
-run. Under torchrun every process takes its share of each batch and of the validation images; losses,
-gradients and counts are sums over all processes, so their number changes nothing but rounding. The first one
-writes.
+One training step: draw a batch, take the gradient of `FlowSeg.loss`, clip it, update the weights, and let an
+exponential moving average (EMA) follow them. Now and then the EMA is scored by the function that
+`flowseg eval` calls, and everything that the next step depends on is saved.
+
+All randomness is a function of (seed, step, place in the batch) or of (seed, epoch, index), so a run that was
+stopped and continued is the same run. Under torchrun every process takes its share of each batch and of the
+validation images; the loss is a mean over the whole batch, so the number of processes changes only rounding.
 """
 
 import copy
 import math
 import os
-import shlex
-import sys
 import time
-import tomllib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +25,20 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import picture
-import run
-from data import IGNORE, Folder, Shapes, Stream, evenly_spaced, nearest, open_dataset
-from model import FlowSeg, draw, segment_photo, start_from, weights_hash
-from network import Config
-from public import Alignment
-from run import RunError, process, summed
+from data import IGNORE, FolderDataset, ShapesDataset, Stream, evenly_spaced, open_dataset
+from flowseg_tools import records, runs
+from flowseg_tools.dinov2 import Alignment
+from flowseg_tools.predict import Mode, segment_photo
+from flowseg_tools.pretrained import start_from
+from flowseg_tools.runs import RunError, process, summed
+from flowseg_tools.settings import command_for, resolve_as
+from model import FlowSeg, ModelConfig, check_ranges, draw_random, weights_hash
 
-Dataset = Folder | Shapes
+Dataset = FolderDataset | ShapesDataset
 MOST_FAILURES = 10  # steps in a row without a finite gradient
-H100 = 989  # TFLOP/s in bfloat16, dense, by its data sheet
-UTILISATION = 0.4  # share of it that training is taken to reach
-KEPT = 0.6  # share of the bytes for the backward pass that bfloat16 keeps: some stay float32; measured
 
 
 @dataclass(frozen=True)
@@ -51,104 +46,57 @@ class TrainConfig:
     """Everything besides the network that determines a run; the defaults of the command line."""
 
     recipe: str = ""  # a table of recipes.toml
-    stage: int = 1  # of the recipe
     dataset: str = "shapes"
     root: str = ""  # folder of the named data sets
     preset: str = "tiny"
     init: str = ""  # weights or run directory to start from
     seed: int = 0
     max_steps: int = 800
-    batch: int = 8  # images per optimizer step
-    accumulate: int = 1  # micro-batches that a batch is split into
-    size: int = 96  # side of the training crop; evaluation resizes the short side to it
+    batch_size: int = 8  # images per training step, over all processes
+    grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
+    crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
+    optimizer: str = "adamw"  # | muon
     lr: float = 4e-3
-    warmup: int = 100  # steps of linear warm-up, then cosine to zero
+    warmup_steps: int = 100  # linear warm-up, then cosine to zero
     weight_decay: float = 0.01
-    clip: float = 1.0  # largest gradient norm
-    ema: float = 0.995
-    teacher: str = ""  # DINOv2 weights to align the tokens with (REPA, public.py); none: no alignment
-    repa_depth: int = 8  # blocks before these tokens; all of them in a shallower network
+    grad_clip: float = 1.0  # largest gradient norm
+    ema_decay: float = 0.995
+    teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
+    repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
     eval_every: int = 800
     save_every: int = 200
     log_every: int = 25
-    workers: int = 0
-    dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16 on CUDA, float32 elsewhere
+    num_workers: int = 0  # processes that load images
+    dtype: str = "auto"  # of the network's arithmetic; auto: bfloat16 on CUDA, float32 elsewhere
     compile: bool = False  # torch.compile the network
-    recompute: bool = False  # blocks and neural field again in the backward pass: far less memory, slower
+    activation_checkpointing: bool = False  # recompute activations in the backward pass: slower, far smaller
     deterministic: bool = False  # refuse operations whose result may vary, on a GPU
+    tensorboard: bool = False  # also write TensorBoard's file
+
+    def __post_init__(self):
+        check_ranges(self, TRAIN_RANGES)
 
 
-TABLES = Path(__file__).parent / "flowseg_data"
-PRESETS, RECIPES = (tomllib.loads((TABLES / f"{kind}.toml").read_text()) for kind in ("presets", "recipes"))
+COUNT = (1, 10**9)
+TRAIN_RANGES = {  # lowest and highest value of every number, or all words that are allowed
+    "seed": (0, 2**63 - 1), "max_steps": COUNT, "batch_size": (1, 10**6), "grad_accum_steps": (1, 10**6),
+    "crop_size": (1, 2**16), "lr": (0.0, 1e30), "warmup_steps": (0, 10**9), "weight_decay": (0.0, 1e3),
+    "grad_clip": (1e-12, 1e30), "ema_decay": (0.0, 1.0), "repa_depth": (1, 1000), "repa_weight": (0.0, 1e6),
+    "eval_every": COUNT, "save_every": COUNT, "log_every": COUNT, "num_workers": (0, 1024),
+    "dtype": ("auto", "float32", "bfloat16"), "optimizer": ("adamw", "muon"),
+}  # fmt: skip
 
 
-def choose(option: str, name: str, tables: dict) -> dict:
-    if name not in tables:
-        raise RunError(f"{option} {name}: expected {', '.join(tables)}{nearest(name, tables)}")
-    return tables[name]
+def resolve(given: dict, settings: Iterable[str] = ()) -> tuple[TrainConfig, ModelConfig]:
+    """Both configurations, from options by the names of their fields and from settings NAME=VALUE.
 
-
-def resolve(given: dict, settings: list[str]) -> tuple[TrainConfig, Config]:
-    """Configs from the options given and NAME=VALUE settings, then recipe, preset and defaults."""
-    kinds = {field.name: type(field.default) for field in (*fields(Config), *fields(TrainConfig))}
-    for setting in settings:
-        name, _, value = setting.partition("=")
-        if name not in kinds or name == "num_classes":
-            raise RunError(f"--set {setting}: expected FIELD=VALUE of the config{nearest(name, kinds)}")
-        try:
-            given[name] = {"true": True, "false": False}[value] if kinds[name] is bool else kinds[name](value)
-        except (KeyError, ValueError) as error:
-            raise RunError(f"--set {setting}: expected a {kinds[name].__name__} after {name}=") from error
-    if {"recipe", "stage"} & given.keys():
-        stages = choose("--recipe", given.get("recipe", "(none)"), RECIPES)
-        given = choose("--stage", str(given.get("stage", 1)), stages) | given
-    values = choose("--preset", given.get("preset", TrainConfig.preset), PRESETS) | given
-    config = TrainConfig(**{k: v for k, v in values.items() if k in TrainConfig.__dataclass_fields__})
-    counts = "batch", "accumulate", "max_steps", "eval_every", "save_every", "log_every", "repa_depth"
-    for name, least in (dict.fromkeys(counts, 1) | {"seed": 0, "workers": 0}).items():
-        if getattr(config, name) < least:
-            raise RunError(f"{name} is {getattr(config, name)}; expected at least {least}")
-    if config.dtype not in ("auto", "float32", "bfloat16"):
-        raise RunError(f"dtype is {config.dtype!r}; expected auto, float32 or bfloat16")
-    data = open_dataset(config.dataset, "training", config.root, strict=False)  # the label table is enough
-    values["num_classes"] = len(data.labels.classes)
-    if values["num_classes"] > 32:  # measured at 11, 14 and 112 classes: README, Ablations
-        values = {"encoding": "coded", "dims": 19} | values
-    try:
-        model_config = Config(**{k: v for k, v in values.items() if k in Config.__dataclass_fields__})
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    parts, patch = int(os.environ.get("WORLD_SIZE", 1)) * config.accumulate, model_config.patch_size
-    if config.size % patch:
-        raise RunError(f"size is {config.size}; expected a multiple of the patch size {patch}")
-    if config.batch % parts:
-        raise RunError(f"batch is {config.batch}; expected a multiple of {parts}, processes x accumulate")
-    return config, model_config
-
-
-def cost(config: TrainConfig, network: Config) -> dict:
-    """The configs and what a run takes on H100 GPUs, by counting: needs neither its data nor a GPU.
-
-    Memory: weights, gradients, two moments and EMA are 5 float32 numbers a parameter, and bfloat16 adds a
-    copy of the weights; what is kept for the backward pass grows with the images.
+    RunError names what is unknown, out of range, or does not fit together.
     """
-    parameters, flops, kept = run.counted(network, config.size, config.recompute)
-    images = config.batch // int(os.environ.get("WORLD_SIZE", 1)) // config.accumulate
-    bytes_each, share = (20, 1) if config.dtype == "float32" else (22, KEPT)
-    fixed, grows = bytes_each * parameters / 1e9, images * share * kept / 1e9
-    tera = config.batch * flops / 1e12
-    facts = {
-        "parameters": parameters,
-        "TFLOP a step (products and convolutions, forward and backward)": tera,
-        "images at a time on each GPU": images,
-        "GB of weights, gradients, moments and EMA": fixed,
-        "GB kept for the backward pass": grows,
-        "GB of GPU memory": fixed + grows,
-        f"hours on one H100 at {UTILISATION:.0%} of {H100} TFLOP/s":
-            config.max_steps * tera / (UTILISATION * H100) / 3600,
-    }  # fmt: skip
-    return asdict(config) | asdict(network) | {name: round(value, 3) for name, value in facts.items()}
+    return resolve_as(TrainConfig, given, settings)
+
+
+# Evaluation ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -160,15 +108,25 @@ class Metrics:
     @property
     def iou(self) -> Tensor:
         """Intersection over union (N,), nan for a class that occurs in neither labels nor predictions."""
-        c = torch.from_numpy(self.confusion).double()
-        return c.diag() / (c.sum(0) + c.sum(1) - c.diag())
+        counts = torch.from_numpy(self.confusion).double()
+        right = counts.diag()
+        return right / (counts.sum(0) + counts.sum(1) - right)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """The share of each class's labelled pixels that is right (N,), nan for a class without labels."""
+        counts = torch.from_numpy(self.confusion).double()
+        return counts.diag() / counts.sum(1)
 
     @property
     def scores(self) -> dict[str, float]:
-        """mIoU over the classes that occur; aAcc, the share of right pixels; mAcc, its mean over classes."""
-        c = torch.from_numpy(self.confusion).double()
-        accuracy, recall = c.trace() / c.sum(), c.diag() / c.sum(1)
-        return {"mIoU": float(self.iou.nanmean()), "aAcc": float(accuracy), "mAcc": float(recall.nanmean())}
+        """mIoU and mAcc: means over the classes that occur; aAcc: the share of all pixels that is right."""
+        counts = torch.from_numpy(self.confusion).double()
+        return {
+            "mIoU": float(self.iou.nanmean()),
+            "aAcc": float(counts.trace() / counts.sum()),
+            "mAcc": float(self.accuracy.nanmean()),
+        }
 
 
 def confusion_matrix(labels: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
@@ -179,222 +137,396 @@ def confusion_matrix(labels: np.ndarray, prediction: np.ndarray, num_classes: in
 
 
 def evaluate(
-    model: FlowSeg, dataset: Dataset, size: int, steps: int, track: Callable = iter,
-    limit: int | None = None, flip: bool = False, mode: str = "whole",
+    model: FlowSeg, dataset: Dataset, short_side: int, steps: int, track: Callable = iter,
+    limit: int | None = None, flip: bool = False, mode: Mode = "whole",
 ) -> tuple[Metrics, dict]:  # fmt: skip
     """Segment every image and compare at its original size; returns the metrics and their protocol.
 
-    track: wraps the iterable of indices, for a progress bar. limit: most images, evenly spaced.
+    track: wraps the iterable of indices, for a progress bar. limit: most images, evenly spaced. Under
+    torchrun the processes share the images and all get the same result.
     """
-    num_classes, indices = len(dataset.labels.classes), evenly_spaced(len(dataset), limit)
-    confusion = np.zeros((num_classes, num_classes), np.int64)
+    num_classes = len(dataset.labels.classes)
+    indices = evenly_spaced(len(dataset), limit)
     rank, world = process()
+    confusion = np.zeros((num_classes, num_classes), np.int64)
     for i in track(indices[rank::world]):
         photo, labels = dataset[i]
-        prediction = segment_photo(model, photo, size, steps, flip, mode)[0]
+        prediction, _ = segment_photo(model, photo, short_side, steps, mode, flip)
         confusion += confusion_matrix(labels, prediction, num_classes)
     summed(torch.from_numpy(confusion))  # in place
-    protocol = {"dataset": dataset.name, "split": dataset.split, "images": len(indices),
-                "evenly_spaced_of": len(dataset), "mode": mode, "flip": flip, "short_side": size,
-                "compared_at": "original size", "steps": steps, "weights": weights_hash(model)}  # fmt: skip
+    protocol = {
+        "dataset": dataset.name, "split": dataset.split, "images": len(indices),
+        "evenly_spaced_of": len(dataset), "mode": mode, "flip": flip, "short_side": short_side,
+        "compared_at": "original size", "steps": steps, "weights": weights_hash(model),
+    }  # fmt: skip
     return Metrics(confusion), protocol
 
 
-def record(
-    folder: Path, ema: FlowSeg, data: Dataset, config: TrainConfig, step: int, scored: tuple, best: float
-) -> None:
-    """Write what was scored: the EMA weights as `last` (and `best`), a preview, a line of the log."""
-    scores, labels = scored[0].scores, data.labels
-    facts = dict(classes=labels.classes, ids=labels.ids, ignore=labels.ignore, dataset=config.dataset,
-                 size=config.size, step=step, protocol=scored[1], **scores, **run.environment())  # fmt: skip
-    for name in ("last", "best") if scores["mIoU"] > best else ("last",):
-        ema.save(folder / f"{name}.safetensors", **facts)
-    samples = [data[i] for i in evenly_spaced(len(data), 4)]
-    rows = [(photo, y, segment_photo(ema, photo, config.size, ema.config.steps)[0]) for photo, y in samples]
-    sheet = picture.preview(rows, labels.classes, picture.palette(ema.centroids.cpu().numpy()))
-    picture.save(folder / "preview.png", sheet)
-    run.log(folder, step=step, **scores)
+# Optimization --------------------------------------------------------------------------------------------
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, then MPS, then CPU; under torchrun each process its own GPU. RunError: it is not there."""
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    name = there[0] if name == "auto" else name
-    if name.partition(":")[0] not in there:
-        raise RunError(f"--device {name} is not available; expected auto, {', '.join(there)}")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About the orthogonal matrix nearest to `matrix`: its singular values become 0.7 to 1.2.
+
+    Five Newton-Schulz steps x <- a x + b (x x') x + c (x x')^2 x (Jordan et al., Muon, 2024), which need
+    neither a decomposition nor more than bfloat16.
+    """
+    x = matrix.bfloat16() if matrix.is_cuda else matrix
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x  # the smaller side makes the smaller products
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices and convolutions, not biases, norms and embeddings."""
-    groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix],
-               "weight_decay": config.weight_decay * matrix} for matrix in (True, False)]  # fmt: skip
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+class Muon(torch.optim.Optimizer):
+    """Descent along orthogonalised momentum, for matrices W (rows, columns) with gradient G:
+
+        M <- M + (1 - beta) (G - M)
+        W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) orthogonal(G + beta (M - G))
+
+    A convolution (out, in, k, k) counts as a matrix (out, in k k), which torch.optim.Muon does not take. With
+    the factor 0.2 sqrt(..) an update is as large as one of AdamW, so that both have the same learning rate
+    (Liu et al., Moonlight, 2025). Under torchrun each process updates its share of the matrices and sends it.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update all matrices that have a gradient."""
+        rank, world = process()
+        group = self.param_groups[0]
+        sent = []
+        for i, weight in enumerate(group["params"]):
+            if weight not in self.state:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+            momentum = self.state[weight]["momentum"]
+            momentum.lerp_(weight.grad, 1 - group["momentum"])
+            owner = i % world
+            if owner == rank:
+                direction = weight.grad.lerp(momentum, group["momentum"]).flatten(1)
+                size = 0.2 * max(direction.shape) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(orthogonal(direction).view_as(weight), alpha=-group["lr"] * size)
+            if world > 1:
+                sent.append(dist.broadcast(weight, owner, async_op=True))
+        for message in sent:
+            message.wait()
+
+
+# Layers that Muon leaves to AdamW: the first ones, which see colours and time, and the last ones.
+FIRST = ("patch_embed", "pixel_embed", "time_mlp.0", "image_encoder.down.0.0")
+LAST = ("head", "image_to_velocity")
+
+
+def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW and, if it is wanted, Muon for the matrices and convolutions between the first and last layers.
+
+    Matrices decay; biases, norms and embeddings do not. AdamW's second moment forgets after about 100 steps
+    instead of the usual 1000, because runs may be short.
+    """
+    hidden, matrices, others = [], [], []
+    for name, parameter in objective.named_parameters():
+        outer = name.removeprefix("model.network.").startswith((*FIRST, *LAST))
+        if parameter.ndim < 2:
+            others.append(parameter)
+        elif config.optimizer == "adamw" or outer:
+            matrices.append(parameter)
+        else:
+            hidden.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+    return [adamw, Muon(hidden, config.lr, config.weight_decay)] if hidden else [adamw]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then cosine to zero at max_steps."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     return config.lr * warm * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
 
 
-def generators(config: TrainConfig, step: int) -> list[torch.Generator]:
-    """The randomness of this process's images, one an image: keyed by seed, step and place in the batch."""
-    rank, world = process()
-    places = range(config.batch)[rank * config.batch // world :][: config.batch // world]
-    keys = (np.random.SeedSequence([config.seed, step, place]) for place in places)
-    return [torch.Generator().manual_seed(int(key.generate_state(1)[0])) for key in keys]
+class Objective(nn.Module):
+    """What is minimised: the loss of FlowSeg and, with a teacher, its alignment; one module, as DDP needs."""
+
+    def __init__(self, model: FlowSeg, alignment: Alignment | None):
+        super().__init__()
+        self.model = model
+        self.alignment = alignment
+
+    def forward(
+        self, image: Tensor, labels: Tensor, generators: list, count: Tensor, share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and diagnostics of a part of the batch. count: labelled pixels of the whole batch; share: how
+        much of its images are in this part."""
+        loss, stats = self.model.loss(image, labels, generators, count)
+        if self.alignment:
+            distance = share * self.alignment(image)  # a mean over all tokens of the batch
+            loss = loss + self.alignment.weight * distance
+            stats["repa_loss"] = distance.detach()
+        return loss, {"loss": loss.detach(), **stats}
 
 
 def batches(data: Dataset, config: TrainConfig, step: int) -> Iterator[list[Tensor]]:
-    """Micro-batches of this process from `step` on: images, labels, indices."""
+    """The parts of this process's share of every batch, from `step` on: images, labels, indices."""
     rank, world = process()
-    share, total = config.batch // world, config.max_steps * config.batch
-    starts = range(step * config.batch + rank * share, total, config.batch)
-    positions = (start + i for start in starts for i in range(share))
-    return iter(DataLoader(
-        Stream(data, config.size, config.seed), share // config.accumulate, sampler=positions,
-        num_workers=config.workers, timeout=300 if config.workers else 0,  # seconds a batch
-        worker_init_fn=run.outlive_signals,
-    ))  # fmt: skip
+    share = config.batch_size // world
+    first = step * config.batch_size + rank * share
+    total = config.max_steps * config.batch_size
+    positions = (start + i for start in range(first, total, config.batch_size) for i in range(share))
+    loader = DataLoader(
+        Stream(data, config.crop_size, config.seed),
+        batch_size=share // config.grad_accum_steps,
+        sampler=positions,
+        num_workers=config.num_workers,
+        timeout=300 if config.num_workers else 0,  # seconds for a batch
+        worker_init_fn=runs.outlive_signals,
+    )
+    return iter(loader)
 
 
-def backward(model: FlowSeg, parts: list, own: list[torch.Generator], bfloat16: bool) -> dict[str, Tensor]:
-    """Leave the gradient of the mean over all labelled pixels of the batch, whose micro-batches and processes
-    each add their part; returns this process's part of the loss and its diagnostics."""
-    device, totals = model.centroids.device, {}
-    count = summed(sum((labels != IGNORE).sum() for _, labels, _ in parts)).to(device)
+def noise_generators(config: TrainConfig, step: int) -> list[torch.Generator]:
+    """One generator for each image of this process, keyed by seed, step and place in the batch."""
+    rank, world = process()
+    share = config.batch_size // world
+    generators = []
+    for place in range(rank * share, (rank + 1) * share):
+        key = np.random.SeedSequence([config.seed, step, place]).generate_state(1)[0]
+        generators.append(torch.Generator().manual_seed(int(key)))
+    return generators
+
+
+def backward(
+    objective: nn.Module, parts: list, generators: list[torch.Generator], bfloat16: bool, device: torch.device
+) -> dict[str, Tensor]:
+    """Leave the gradient of the mean over all labelled pixels of the batch in the parameters.
+
+    parts: what `batches` gave for one step. Returns what these parts contribute to the loss and its
+    diagnostics: their sum over all processes is that of the batch.
+    """
+    _, world = process()
+    count = sum((labels != IGNORE).sum() for _, labels, _ in parts)
+    count = summed(count).to(device)
+    totals: dict[str, Tensor] = {}
     for i, (images, labels, _) in enumerate(parts):
-        images, labels = images.to(device) / 127.5 - 1, labels.to(device, torch.int64)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss, stats = model.loss(images, labels, own[i * len(images) :][: len(images)], count)
-            if model.alignment:  # a mean over all tokens of the batch, so this part's share of it
-                aligned = model.alignment(images) * len(images) / (len(own) * process()[1])
-                loss, stats["align"] = loss + model.alignment.weight * aligned, aligned.detach()
-        loss.backward()
-        for name, value in ({"loss": loss.detach()} | stats).items():
+        images = images.to(device) / 127.5 - 1  # uint8 travels to the device, a quarter of float32
+        labels = labels.to(device).long()
+        own = generators[i * len(images) : (i + 1) * len(images)]
+        share = len(images) / (len(generators) * world)
+
+        # The gradients of all processes are exchanged once a step, while the last part is computed.
+        waits = world > 1 and i < len(parts) - 1
+        with objective.no_sync() if waits else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                loss, stats = objective(images, labels, own, count, share)
+            (loss * world).backward()  # DDP takes the mean over processes, each has a part of the sum
+        for name, value in stats.items():
             totals[name] = totals.get(name, 0) + value
-    if dist.is_initialized():
-        gradients = [parameter.grad for parameter in model.parameters()]
-        vector_to_parameters(summed(parameters_to_vector(gradients)), gradients)  # one message
     return totals
 
 
+# Training ------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training run: what it works on, and how far it is."""
+
+    def __init__(
+        self, config: TrainConfig, network: ModelConfig, folder: Path, device: torch.device, console: Console,
+        kind: type[FlowSeg], allow_changes: bool, stack: ExitStack,
+    ):  # fmt: skip
+        """Prepare a new run, or continue the one in `folder`; what is refused leaves no folder behind."""
+        self.config = config
+        self.folder = folder
+        self.device = device
+        self.console = console
+        self.rank, self.world = process()
+        self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
+        torch.use_deterministic_algorithms(config.deterministic)
+        self.data = open_dataset(config.dataset, "training", config.root)
+        self.held_out = open_dataset(config.dataset, "validation", config.root)
+
+        # The network, from random weights or from others; alignment is trained with it, but not exported.
+        torch.manual_seed(config.seed)
+        model = kind(network)
+        origin = "random weights"
+        if config.init and not (folder / runs.STATE).exists():
+            origin = runs.newest_checkpoint(Path(config.init), command_for(config.init))
+            start_from(model, origin)
+        self.model = model.to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.modules: dict[str, nn.Module] = {"model": self.model, "ema": self.ema}  # of the saved state
+        alignment = None
+        if config.teacher:
+            torch.manual_seed(config.seed)  # whatever the weights were read from
+            alignment = Alignment(model.network, config.teacher, config.repa_depth, config.repa_weight)
+            self.modules["alignment"] = alignment
+        self.objective: nn.Module = Objective(self.model, alignment)
+        self.optimizers = make_optimizers(self.objective, config)
+
+        # The run directory, in which one process at a time may train.
+        table = self.data.labels
+        labels = {"classes": list(table.classes), "ids": list(table.ids), "ignore": list(table.ignore)}
+        settings = {"train": asdict(config), "model": asdict(network), "labels": labels}
+        if self.rank == 0:
+            runs.check(folder, settings, allow_changes)
+            stack.enter_context(runs.locked(folder))
+        at = runs.load_state(folder, self.modules, self.optimizers, console, writes=self.rank == 0)
+        self.step, self.validated, self.best = at  # steps done, step last validated, best mIoU
+        if self.step > config.max_steps:
+            raise RunError(f"{folder} is at step {self.step}; expected --max-steps {self.step} or more")
+        if self.rank == 0:
+            runs.claim(folder, settings)
+            self.log = records.Log(folder, config.tensorboard, console)
+            self.log.rewind(self.step, self.validated)
+        self._speed_up()
+        records.introduce(self, f"step {self.step} of the run" if self.step else origin)
+
+    def _speed_up(self) -> None:
+        """Change how a step is computed, but not its result."""
+        network = self.model.network
+        network.activation_checkpointing = self.config.activation_checkpointing
+        if self.config.compile:  # in place, so that the weights keep their names
+            network.compile()
+            network.encode_image = torch.compile(network.encode_image)
+        if self.world > 1:
+            devices = [self.device.index] if self.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(
+                self.objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def due(self, period: int) -> bool:
+        """Whether something that is done every `period` steps, and at the end, is to be done now."""
+        return self.step > 0 and (self.step % period == 0 or self.step == self.config.max_steps)
+
+    def report(self, values: dict[str, Tensor], norm: Tensor, seconds: float) -> str:
+        """Log the diagnostics of the last step; returns the line for the terminal.
+
+        seconds: for each of the steps since the last report.
+        """
+        means = summed(torch.stack([*values.values()]).cpu()).tolist()
+        facts = dict(zip(values, means, strict=True))
+        text = "  ".join(f"{name} {facts[name]:.3g}" for name in ("loss", "fm_error", "phi"))
+        speed = self.config.batch_size / seconds
+        facts |= {"grad_norm": float(norm), "lr": learning_rate(self.step - 1, self.config)}
+        facts |= {"seconds_per_step": seconds, "images_per_second": speed}
+        if self.rank == 0:
+            self.log.write(self.step, **facts, **runs.peak_memory(self.device))
+        left = timedelta(seconds=round((self.config.max_steps - self.step) * seconds))
+        return f"step {self.step}/{self.config.max_steps}  {text}  {speed:.3g} images/s  {left} left"
+
+
+def explain_failure(run: Run, parts: list) -> str:
+    """Which step, time, parameter and files had no finite gradient, and what to do."""
+    generators = noise_generators(run.config, run.step)
+    t = draw_random(torch.rand, (len(generators),), generators)
+    bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    files = [run.data.read(i)[2] for *_, indices in parts for i in indices.tolist()]
+    where = f"the last at step {run.step}, first in {[*bad, 'norm'][0]}, t {t.min():.2f} to {t.max():.2f}"
+    fix = f"lower --set lr={run.config.lr:g}, or look at {', '.join(files)}"
+    return f"no finite gradient in {MOST_FAILURES} steps in a row, {where}; {fix}"
+
+
 def train(
-    config: TrainConfig, network: Config, folder: Path, device: str, console: Console,
-    kind: type = FlowSeg, allow_changes: bool = False,
+    config: TrainConfig, network: ModelConfig, folder: Path, device: str, console: Console,
+    kind: type[FlowSeg] = FlowSeg, allow_changes: bool = False,
 ) -> int:  # fmt: skip
     """Train or continue the run in `folder`; returns 0, or 128 + the number of the signal that stopped it.
 
-    kind: FlowSeg, or a baseline that keeps its interface (tests/baselines.py).
+    kind: FlowSeg, or a baseline with its interface (experiments/baselines.py).
     """
-    device = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:  # torchrun, not a left-over
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    rank, world = process()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
-    torch.use_deterministic_algorithms(config.deterministic)
-    data, held_out = (open_dataset(config.dataset, s, config.root) for s in ("training", "validation"))
-    console = console if rank == 0 else Console(quiet=True)
-    torch.manual_seed(config.seed)
-    model, origin = kind(network), "random weights"
-    if config.init and not (folder / run.STATE).exists():
-        stage_1 = f" --recipe {config.recipe} --stage 1" if config.recipe else ""
-        origin = run.newest_checkpoint(Path(config.init), f"flowseg train{stage_1}")
-        start_from(model, str(origin))
-    model = model.to(device)
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
-    if config.teacher:  # not before: its projector is trained and resumed with the model, but not exported
-        torch.manual_seed(config.seed)  # whatever the weights were read from
-        model.alignment = Alignment(model.network, config.teacher, config.repa_depth, config.repa_weight)
-    optimizer = make_optimizer(model, config)
-    configs = {"train": asdict(config), "model": asdict(network)}
-    if rank == 0:
-        run.check(folder, configs, allow_changes)
-    step, validated, best = run.load_state(folder, model, ema, optimizer, console)
-    if rank == 0:  # not before: what is refused leaves no folder
-        run.claim(folder, configs)
-    model.network.recompute = config.recompute
-    if config.compile:  # in place, so that the weights keep their names
-        model.network.compile()
-        model.network.encode = torch.compile(model.network.encode)
-    bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    console.print(
-        f"{folder} on {world} x {device} from {f'step {step}' if step else origin}: "
-        f"{data.name}, {len(data):,} images; "
-        f"preset {config.preset}, {'bfloat16' if bfloat16 else 'float32'}; "
-        f"{network.num_classes} classes, {network.encoding} in {network.dims} dimensions; "
-        f"{sum(p.numel() for p in ema.parameters()) / 1e6:.1f} M parameters; "
-        f"alignment {'with ' + config.teacher if config.teacher else 'off: --set teacher=FILE'}")  # fmt: skip
-    console.print(shlex.join(sys.argv), *(" ".join(fact) for fact in run.environment().items()), sep="; ")
-
-    def due(period: int) -> bool:
-        return step > 0 and (step % period == 0 or step == config.max_steps)
-
-    failures, saved, since, began = 0, (step, validated), step, time.perf_counter()
-    bar = Progress(console=console, disable=not console.is_terminal, expand=True)
-    bar.add_task("starting", total=config.max_steps, completed=step)
-    with run.caught_signals() as signals, bar:
-        loader = batches(data, config, step)
-        while True:
-            stop, asked = run.agree(signals)
-            if due(config.eval_every) and validated < step and not stop:
-                unless_stopped = partial(takewhile, lambda _: not set(run.STOPS) & set(signals))
-                scored = evaluate(ema, held_out, config.size, ema.config.steps, unless_stopped)
-                stop, asked = run.agree(signals)
-                if not stop:
-                    score = scored[0].scores["mIoU"]
-                    console.print(f"step {step}: validation mIoU {score:.1%}")
-                    if rank == 0:
-                        record(folder, ema, held_out, config, step, scored, best)
-                    validated, best = step, max(best, score)
-                since, began = step, time.perf_counter()
-            if stop or asked or (due(config.save_every) and not failures):  # failing, keep the healthy state
-                if rank == 0 and saved != (step, validated):
-                    run.save_state(folder, model, ema, optimizer, (step, validated, best))
-                saved = step, validated
-                signals[:] = [number for number in signals if number in run.STOPS]
-            if stop or step == config.max_steps:
-                break
-
-            parts, own = [next(loader) for _ in range(config.accumulate)], generators(config, step)
-            values = backward(model, parts, own, bfloat16)
-            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            failures = 0 if norm.isfinite() else failures + 1
-            if failures == 0:  # a step without a finite gradient is left out
-                nn.utils.clip_grads_with_norm_(model.parameters(), config.clip, norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, config)
-                optimizer.step()
-            elif failures == MOST_FAILURES:
-                t = draw(torch.rand, (len(own),), generators(config, step))
-                bad = next((n for n, p in model.named_parameters() if not p.grad.isfinite().all()), "norm")
-                files = ", ".join(data.read(i)[2] for *_, indices in parts for i in indices.tolist())
-                where = f"the last at step {step}, first in {bad}, t {t.min():.2f} to {t.max():.2f}"
-                fix = f"lower --set lr={config.lr:g}, or look at {files}"
-                raise RunError(f"no finite gradient in {failures} steps in a row, {where}; {fix}")
-            optimizer.zero_grad()
-            step += 1
-            decay = min(config.ema, step / (10 + step))
-            torch._foreach_lerp_(list(ema.network.parameters()), list(model.network.parameters()), 1 - decay)
-
-            if due(config.log_every):
-                means = summed(torch.stack([*values.values()]).cpu()).tolist()
-                means = dict(zip(values, means, strict=True)) | {"grad_norm": float(norm)}
-                seconds = (time.perf_counter() - began) / (step - since)
-                means |= {"seconds_per_step": seconds, "images_per_second": config.batch / seconds}
-                means |= {"lr": learning_rate(step - 1, config)} | run.peak_memory(device)
-                if rank == 0:
-                    run.log(folder, step=step, **means)
-                text = "  ".join(f"{name} {means[name]:.3g}" for name in ("loss", "fm", "phi"))
-                text = f"step {step}/{config.max_steps}  {text}  {config.batch / seconds:.3g} images/s"
-                bar.update(bar.task_ids[0], completed=step, description=text)
-                if not console.is_terminal:
-                    left = timedelta(seconds=round((config.max_steps - step) * seconds))
-                    console.print(f"{text}  {left} left")
-                since, began = step, time.perf_counter()
-    if world > 1:
-        dist.destroy_process_group()
+    device = runs.pick_device(device)
+    with ExitStack() as stack:
+        stack.enter_context(runs.process_group(device))
+        if process()[0] > 0:
+            console = Console(quiet=True)
+        run = Run(config, network, folder, device, console, kind, allow_changes, stack)
+        signals = stack.enter_context(runs.caught_signals())
+        bar = stack.enter_context(Progress(console=console, disable=not console.is_terminal, expand=True))
+        stop = loop(run, signals, bar)
     return 128 + stop if stop else 0
+
+
+def loop(run: Run, signals: list[int], bar: Progress) -> int:
+    """Train until the end, or until a signal; returns its number, or 0."""
+    config = run.config
+    task = bar.add_task("starting", total=config.max_steps, completed=run.step)
+    loader = batches(run.data, config, run.step)
+    failures = 0
+    saved = (run.step, run.validated)
+    measured_from = run.step
+    began = time.perf_counter()
+
+    def until_stopped(indices: list[int]) -> Iterator[int]:
+        for index in indices:
+            if set(runs.STOPS) & set(signals):
+                return
+            yield index
+
+    while True:
+        # Validation. One that a signal interrupts is done again when the run continues.
+        stop, wants_save = runs.agree(signals)
+        if run.due(config.eval_every) and run.validated < run.step and not stop:
+            steps = run.ema.config.steps
+            metrics, protocol = evaluate(run.ema, run.held_out, config.crop_size, steps, until_stopped)
+            stop, wants_save = runs.agree(signals)
+            if not stop:
+                score = metrics.scores["mIoU"]
+                run.console.print(f"step {run.step}: validation mIoU {score:.1%}")
+                if run.rank == 0:
+                    records.write_weights(run, metrics.scores, protocol)
+                run.validated = run.step
+                run.best = max(run.best, score)
+            measured_from = run.step
+            began = time.perf_counter()
+
+        # Saving. While steps fail, the healthy state from before is kept.
+        if stop or wants_save or (run.due(config.save_every) and not failures):
+            if run.rank == 0 and saved != (run.step, run.validated):
+                if run.validated < run.step:
+                    records.write_weights(run)
+                at = (run.step, run.validated, run.best)
+                runs.save_state(run.folder, run.modules, run.optimizers, at)
+            saved = (run.step, run.validated)
+            signals[:] = [number for number in signals if number in runs.STOPS]
+        if stop or run.step == config.max_steps:
+            return stop
+
+        # One training step: gradient, clipping, update. Without a finite gradient it is left out.
+        parts = [next(loader) for _ in range(config.grad_accum_steps)]
+        values = backward(run.objective, parts, noise_generators(config, run.step), run.bfloat16, run.device)
+        parameters = list(run.objective.parameters())
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        failures = 0 if norm.isfinite() else failures + 1
+        if failures == 0:
+            nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
+            for optimizer in run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(run.step, config)
+                optimizer.step()
+        elif failures == MOST_FAILURES:
+            raise RunError(explain_failure(run, parts))
+        run.objective.zero_grad()
+        run.step += 1
+
+        # The average follows the weights; at first it is an average of few steps.
+        decay = min(config.ema_decay, run.step / (10 + run.step))
+        torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
+
+        # The report: a line of the log, and of the terminal unless a bar moves there.
+        bar.update(task, completed=run.step)
+        if run.due(config.log_every):
+            seconds = (time.perf_counter() - began) / (run.step - measured_from)
+            text = run.report(values, norm, seconds)
+            bar.update(task, description=text)
+            if not run.console.is_terminal:
+                run.console.print(text)
+            measured_from = run.step
+            began = time.perf_counter()

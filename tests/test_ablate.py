@@ -1,22 +1,24 @@
-"""The evidence runner: rows train once, comparisons learn, the table and the plot show what was measured."""
+"""The evidence runner: rows train once, baselines learn, table and curves show what was measured."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Shapes
-from model import IGNORE, FlowSeg
-from network import Config
-from tests import ablate
-from tests.baselines import CrossEntropy, UNet, Unmasked
+from data import ShapesDataset
+from experiments import ablate
+from experiments.baselines import CrossEntropy, Golden, UNet, Unmasked
+from model import IGNORE, FlowSeg, ModelConfig
 
-TINY = Config(num_classes=5, patch_size=4, hidden=32, depth=1, heads=2, field_width=8, conv_width=8, dims=5)
+TINY = ModelConfig(
+    num_classes=5, patch_size=4, hidden_size=32, depth=1, num_heads=2, nerf_width=8, conv_width=8,
+    encoding_dims=5,
+)  # fmt: skip
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two random images with random labels, some of which are ignored."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 5, (2, 16, 16), generator=generator)
     labels[0, :3] = IGNORE
@@ -26,13 +28,13 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("kind", [CrossEntropy, UNet])
 def test_cross_entropy_trains_the_logits_that_one_step_ends_in(kind):
     torch.manual_seed(0)
-    model, (image, labels) = kind(TINY), batch()
+    model = kind(TINY)
+    image, labels = batch()
     logits = model.sample(image, steps=1)
-    assert model.loss(image, labels)[0].item() == pytest.approx(
-        F.cross_entropy(logits, labels, ignore_index=IGNORE).item(), abs=1e-5
-    )
+    first = model.loss(image, labels)[0].item()
+    assert first == pytest.approx(F.cross_entropy(logits, labels, ignore_index=IGNORE).item(), abs=1e-5)
     assert torch.equal(model.segment(image, 1), logits.argmax(1))
-    optimizer, first = torch.optim.Adam(model.parameters(), 1e-2), model.loss(image, labels)[0].item()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(30):
         optimizer.zero_grad()
         model.loss(image, labels)[0].backward()
@@ -40,7 +42,7 @@ def test_cross_entropy_trains_the_logits_that_one_step_ends_in(kind):
     assert model.loss(image, labels)[0].item() < 0.7 * first
 
 
-def test_unmasked_teaches_ignored_pixels_and_the_default_does_not():
+def test_unmasked_trains_ignored_pixels_and_the_default_does_not():
     image, labels = batch()
     moved = labels.where(labels != IGNORE, 0)
     losses = {}
@@ -48,46 +50,88 @@ def test_unmasked_teaches_ignored_pixels_and_the_default_does_not():
         torch.manual_seed(0)
         model = kind(TINY)
         losses[kind] = [model.loss(image, y, torch.Generator().manual_seed(1))[0] for y in (labels, moved)]
-    assert torch.equal(*losses[Unmasked]) and not torch.equal(*losses[FlowSeg])
+    assert torch.equal(*losses[Unmasked])
+    assert not torch.equal(*losses[FlowSeg])
+
+
+@pytest.mark.parametrize("kind", [FlowSeg, *ablate.BASELINES])
+def test_every_baseline_trains_segments_and_comes_back_from_its_file(kind, tmp_path):
+    torch.manual_seed(0)
+    model = kind(TINY)
+    image, labels = batch()
+    loss, stats = model.loss(image, labels, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert stats.keys() == {"fm_error", "phi", "grad_phi"}
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert sum(gradient.abs().sum() for gradient in gradients) > 0
+    model.save(tmp_path / "weights.safetensors")
+    loaded = kind.load(tmp_path / "weights.safetensors")
+    assert torch.equal(loaded.centroids, model.centroids)
+    assert torch.equal(loaded.segment(image, 2), model.eval().segment(image, 2))
+    p = model.soft_assignment(model.sample(image, 1))
+    assert torch.allclose(p.sum(1), torch.ones(2, 16, 16))
+
+
+def test_golden_centroids_are_their_own():
+    centroids = Golden(TINY).centroids
+    assert centroids.shape == FlowSeg(TINY).centroids.shape
+    assert not torch.equal(centroids, FlowSeg(TINY).centroids)
 
 
 def test_a_table_is_made_once_and_again_without_training(tmp_path, monkeypatch, capsys):
-    settings = {"row": ["default", "kind=UNet", "objective=vanilla dims=3"], "seeds": 2, "steps": [1, 2]}
-    settings |= {"max_steps": 2, "size": 16, "out": tmp_path, "split": "validation"}
-    monkeypatch.setattr(Shapes, "__len__", lambda self: 2)
+    rows = ["default", "kind=UNet", "objective=vanilla encoding_dims=3"]
+    settings = {
+        "row": rows, "seeds": 2, "steps": [1, 2], "max_steps": 2, "crop_size": 16, "out": tmp_path,
+        "split": "validation",
+    }  # fmt: skip
+    monkeypatch.setattr(ShapesDataset, "__len__", lambda self: 2)
     calls = []
     train = ablate.training.train
-    monkeypatch.setattr(ablate.training, "train", lambda *args: calls.append(args) or train(*args))
+
+    def counted_train(*args):
+        calls.append(args)
+        return train(*args)
+
+    monkeypatch.setattr(ablate.training, "train", counted_train)
     ablate.main(**settings)
     text = capsys.readouterr().out
-    assert len(calls) == 6 and text.count("±") == 8
-    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == settings["row"]
-    assert calls[4][1].dims == 3 and calls[4][1].objective == "vanilla" and calls[2][5] is UNet
+    assert len(calls) == 6
+    assert text.count("±") == 8
+    assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == rows
+    assert calls[4][1].encoding_dims == 3
+    assert calls[4][1].objective == "vanilla"
+    assert calls[2][5] is UNet
+    assert calls[0][0].crop_size == 16
     facts = json.loads((tmp_path / "default, seed 1" / "result.json").read_text())
-    assert facts["seed"] == 1 and set(facts["scores"]) == {"1", "2"} and facts["protocol"]["steps"] == 2
+    assert facts["seed"] == 1
+    assert set(facts["scores"]) == {"1", "2"}
+    assert facts["protocol"]["steps"] == 2
+    assert facts["minutes"] > 0
+    assert facts["cpu_minutes"] > 0
     assert (tmp_path / "curves.png").stat().st_size > 0
 
+    (tmp_path / "table.md").unlink()
     ablate.main(**settings)
-    assert capsys.readouterr().out == text and len(calls) == 6
+    assert capsys.readouterr().out == text
+    assert (tmp_path / "table.md").read_text() == text
+    assert len(calls) == 6
 
 
 def test_the_table_gives_mean_and_standard_deviation_over_the_seeds():
-    runs = [{"scores": {"1": {"mIoU": m, "aAcc": 0.5}}, "minutes": 2} for m in (0.2, 0.3, 0.4)]
-    row = ablate.table({"default": runs}, [1, 4]).splitlines()[2]
-    assert row == "| default | 3 | 30.0 ± 10.0 |  | 50.0 ± 0.0 | 2.0 |"
+    runs = []
+    for score in (0.2, 0.3, 0.4):
+        runs.append({"scores": {"1": {"mIoU": score, "aAcc": 0.5}}, "minutes": 2, "cpu_minutes": 7})
+    table = ablate.table({"default": runs}, [1, 4])
+    assert table.splitlines()[0].endswith("| minutes | CPU minutes |")
+    assert table.splitlines()[2] == "| default | 3 | 30.0 ± 10.0 |  | 50.0 ± 0.0 | 2.0 | 7.0 |"
 
 
 def test_every_row_of_the_default_table_is_a_valid_configuration():
     for row in ablate.ROWS:
-        settings = [setting for setting in row.split() if setting not in ("default", *ablate.KINDS)]
+        _, settings = ablate.parse_row(row)
         ablate.training.resolve({"dataset": "shapes"}, settings)
 
 
-def test_curves_rise_and_fall_in_their_own_colours():
-    steps = np.linspace(0, 1000, 30)
-    series = {"up": [(s, s / 10) for s in steps], "down": [(s, 100 - s / 10) for s in steps]}
-    drawn = np.asarray(ablate.curves(series, "step", "mIoU"))
-    for color, slope in zip(ablate.LINES[:2], (-1, 1), strict=True):
-        y, x = np.nonzero((np.abs(drawn[80:] - color) <= 12).all(-1))
-        assert len(x) > 200 and np.sign(np.corrcoef(x, y)[0, 1]) == slope
-    assert ablate.curves({"flat": [(0, 0), (5, 0)]}, "step", "mIoU").size == (900, 540)
+def test_a_row_is_a_kind_and_the_fields_that_differ():
+    assert ablate.parse_row("default") == (FlowSeg, [])
+    assert ablate.parse_row("kind=UNet tau=1 eps=1e-3") == (UNet, ["tau=1", "eps=1e-3"])

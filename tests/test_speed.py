@@ -1,4 +1,4 @@
-"""The fast network equals the plain one, the settings that save time or memory change no result."""
+"""The fast network equals the plain one, and the settings that save time or memory change no result."""
 
 import json
 import random
@@ -7,46 +7,63 @@ import sys
 import pytest
 import torch
 
-from model import coded, potential_gradient, squared_distances
-from network import Config, Network
-from tests import bench
-from tests.reference import Reference
+from experiments import bench
+from experiments.reference import Reference
+from model import ModelConfig, Network, coded_centroids, potential_gradient, squared_distances
 
 
-def drawn(seed: int) -> tuple[Config, int, int, int]:
-    """A random small network and batch, height and width in patches."""
+def drawn(seed: int) -> tuple[ModelConfig, int, int, int]:
+    """A random small network, a batch size, and the height and width of its images in patches."""
     rng = random.Random(seed)
-    heads = rng.choice([1, 2, 3])
-    config = Config(
-        num_classes=5, dims=rng.choice([3, 5, 16]), patch_size=rng.choice([2, 4, 8]), heads=heads,
-        hidden=heads * rng.choice([8, 12]), depth=rng.choice([1, 2, 3]), field_depth=rng.choice([1, 2]),
-        field_width=rng.choice([8, 12]), field_ratio=rng.choice([1, 2, 3]), conv_width=rng.choice([0, 8]),
-    )  # fmt: skip
+    num_heads = rng.choice([1, 2, 3])
+    config = ModelConfig(
+        num_classes=5,
+        num_heads=num_heads,
+        encoding_dims=rng.choice([3, 5, 16]),
+        patch_size=rng.choice([2, 4, 8]),
+        hidden_size=num_heads * rng.choice([8, 12]),
+        depth=rng.choice([1, 2, 3]),
+        nerf_depth=rng.choice([1, 2]),
+        nerf_width=rng.choice([8, 12]),
+        nerf_mlp_ratio=rng.choice([1, 2, 3]),
+        conv_width=rng.choice([0, 8]),
+    )
     return config, rng.choice([1, 2]), rng.randint(1, 5), rng.randint(2, 6)
 
 
-def outcome(network: Network, size: tuple[int, int, int]) -> dict[str, torch.Tensor]:
-    """Velocity and all gradients, from inputs that depend on the size alone."""
+def outcome(network: Network, size: list[int]) -> dict[str, torch.Tensor]:
+    """The velocity and all gradients, from inputs that depend on the size alone."""
     generator = torch.Generator().manual_seed(1)
-    B, P, dims = size[0], network.config.patch_size, network.config.dims
-    H, W = size[1] * P, size[2] * P
+    B, height, width = size
+    P = network.config.patch_size
+    dims = network.config.encoding_dims
+    H = height * P
+    W = width * P
     image = torch.rand(B, 3, H, W, generator=generator) * 2 - 1
     x = torch.randn(B, dims, H, W, generator=generator, requires_grad=True)
     wanted = torch.randn(B, dims, H, W, generator=generator)
-    velocity = network(x, torch.rand(B, generator=generator), network.encode(image))
+    velocity = network(x, torch.rand(B, generator=generator), network.encode_image(image))
     network.zero_grad()
     (velocity * wanted).mean().backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return {"velocity": velocity.detach(), "x": x.grad} | gradients
 
 
-def trained(config: Config) -> Network:
-    """A network whose every part matters: what starts at zero is drawn."""
+def trained(config: ModelConfig) -> Network:
+    """A network whose every part matters: what starts at zero is drawn at random."""
     torch.manual_seed(0)
     network = Network(config)
-    for name, p in network.named_parameters():
-        torch.nn.init.normal_(p, mean=float("norm" in name), std=0.2)
+    for name, parameter in network.named_parameters():
+        mean = 1.0 if "norm" in name else 0.0
+        torch.nn.init.normal_(parameter, mean=mean, std=0.2)
     return network
+
+
+def plain(network: Network) -> Reference:
+    """The plain transcription with the same weights."""
+    reference = Reference(network.config)
+    reference.load_state_dict(network.state_dict())
+    return reference
 
 
 def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -59,49 +76,50 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 @pytest.mark.parametrize("seed", range(8))
 def test_velocity_and_gradients_are_the_plain_transcription_s(seed):
     config, *size = drawn(seed)
-    network, reference = trained(config), Reference(config)
-    reference.load_state_dict(network.state_dict())
-    assert_equal(outcome(network, size), outcome(reference, size))
+    network = trained(config)
+    assert_equal(outcome(network, size), outcome(plain(network), size))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 1000])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_chunks_and_recomputing_change_nothing(chunk, recompute, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 3, 1000])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_chunks_and_activation_checkpointing_change_nothing(tokens, checkpointing, monkeypatch):
     config, *size = drawn(3)
-    network, reference = trained(config), Reference(config)
-    reference.load_state_dict(network.state_dict())
-    activations = config.patch_size**2 * config.field_ratio * config.field_width  # of a token
-    monkeypatch.setattr("network.CHUNK", chunk * activations)
-    network.recompute = recompute
+    network = trained(config)
+    reference = plain(network)
+    activations = config.patch_size**2 * config.nerf_mlp_ratio * config.nerf_width  # of a token
+    monkeypatch.setattr("model.CHUNK_FIELD", tokens * activations)
+    network.activation_checkpointing = checkpointing
     assert_equal(outcome(network, size), outcome(reference, size))
 
 
 def test_the_network_compiles_as_one_graph():
     config, B, h, w = drawn(3)
     network = trained(config)
-    x, t = torch.randn(B, config.dims, h * config.patch_size, w * config.patch_size), torch.rand(B)
-    features = network.encode(x[:, :3])
+    x = torch.randn(B, config.encoding_dims, h * config.patch_size, w * config.patch_size)
+    t = torch.rand(B)
+    features = network.encode_image(x[:, :3])
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x, t, features), network(x, t, features), atol=1e-5)
 
 
-def test_recomputing_keeps_much_less_for_the_backward_pass():
-    config = Config(5, patch_size=16, hidden=64, depth=1, field_depth=2, field_width=64, field_ratio=2)
-    whole, less = (
-        bench.counted(config, 64, recompute=recompute)["GB kept for the backward pass, float32"]
-        for recompute in (False, True)
+def test_activation_checkpointing_keeps_much_less_for_the_backward_pass():
+    config = ModelConfig(
+        5, patch_size=16, hidden_size=64, depth=1, nerf_depth=2, nerf_width=64, nerf_mlp_ratio=2
     )
+    kept = "GB kept for the backward pass, float32"
+    whole = bench.counted(config, 64)[kept]
+    less = bench.counted(config, 64, checkpointing=True)[kept]
     assert less < 0.5 * whole
 
 
 def test_the_loss_never_waits_for_the_device():
     """On the meta device there are no values, so reading one would raise."""
-    assert bench.counted(Config(5), 32)["TFLOP, training step"] > 0
+    assert bench.counted(ModelConfig(5), 32)["TFLOP, training step"] > 0
 
 
 @pytest.mark.parametrize(("dims", "count"), [(3, 171), (19, 171)])
 def test_distances_are_those_of_direct_differences(dims, count):
-    mu = coded(count, dims)
+    mu = coded_centroids(count, dims)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(20, count, dims, generator=generator)
     x = (mu + noise * 10 ** torch.linspace(-6, 2, 20)[:, None, None]).flatten(0, 1)  # near and far
@@ -109,27 +127,28 @@ def test_distances_are_those_of_direct_differences(dims, count):
     with torch.autocast("cpu", torch.bfloat16):
         d, nearest = squared_distances(x, mu)
     assert ((d - exact).abs() / (exact + 1e-2)).max() < 2e-4
-    own = d.gather(1, nearest), exact.gather(1, nearest)
-    assert torch.allclose(own[0].double(), own[1], rtol=1e-5, atol=0)
+    own = d.gather(1, nearest).double()
+    assert torch.allclose(own, exact.gather(1, nearest), rtol=1e-5, atol=0)
     assert nearest[:, 0].equal(exact.argmin(1))
 
 
 def test_phi_is_exact_where_the_probability_of_the_label_is_no_float():
-    mu = coded(50, 10)
+    mu = coded_centroids(50, 10)
     y = torch.arange(50).roll(7)
-    exact = potential_gradient(mu.double(), y, mu.double(), 1e-2, 0.01)
+    exact_phi, exact_grad = potential_gradient(mu.double(), y, mu.double(), 1e-2, 0.01)
     phi, grad = potential_gradient(mu, y, mu, 1e-2, 0.01)
     assert phi.min() > 200
-    assert torch.allclose(phi.double(), exact[0], rtol=1e-5)
-    assert torch.allclose(grad.double(), exact[1], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(phi.double(), exact_phi, rtol=1e-5)
+    assert torch.allclose(grad.double(), exact_grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("section", bench.SECTIONS)
 def test_the_bench_runs(section, tmp_path, capsys):
     if section in ("network", "potential") and sys.platform != "linux":
         pytest.skip("peak memory is read from /proc")
-    facts = bench.main([section, "--tiny", "--repeats", "1", "--json", str(tmp_path / "bench.json")])
-    assert json.loads((tmp_path / "bench.json").read_text()) == facts
+    report = tmp_path / "bench.json"
+    facts = bench.main([section, "--tiny", "--repeats", "1", "--report", str(report)])
+    assert json.loads(report.read_text()) == facts
     assert facts[section]
     assert section in capsys.readouterr().out
 
@@ -137,4 +156,11 @@ def test_the_bench_runs(section, tmp_path, capsys):
 def test_the_bench_names_its_sections(capsys):
     with pytest.raises(SystemExit):
         bench.main(["netwrok"])
-    assert "no section netwrok; expected network, training, potential" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "netwrok" in message
+    assert all(section in message for section in bench.SECTIONS)
+
+
+def test_the_sections_are_all_functions_of_the_bench():
+    names = {name.removeprefix("bench_") for name in vars(bench) if name.startswith("bench_")}
+    assert names == set(bench.SECTIONS)

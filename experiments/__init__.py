@@ -1,0 +1,1 @@
+"""Programs that measure FlowSeg; they run from the repository and are not installed."""

@@ -1,0 +1,231 @@
+"""Baselines that FlowSeg is compared with: the tests use them, and ablate.py trains them like FlowSeg."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import (
+    IGNORE,
+    Features,
+    FlowSeg,
+    Generator,
+    ImageEncoder,
+    ModelConfig,
+    draw_random,
+    squared_distances,
+    time_left,
+)
+
+Loss = tuple[Tensor, dict[str, Tensor]]  # the loss and the diagnostics
+
+
+class CrossEntropy(FlowSeg):
+    """The same network with one channel for every class; its end state after one step is read as logits."""
+
+    def loss(
+        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
+    ) -> Loss:
+        if count is None:
+            count = (labels != IGNORE).sum()
+        x0 = self.source(image)
+        logits = x0 + self.velocity(x0, image.new_zeros(len(image)), image)
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / count
+        return loss, dict.fromkeys(("fm_error", "phi", "grad_phi"), loss.detach())
+
+    def soft_assignment(self, x: Tensor) -> Tensor:
+        return x.softmax(1)
+
+
+class FirstStep(FlowSeg):
+    """Only t = 0 is learned, so there is no flow beyond one step."""
+
+    def loss(
+        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
+    ) -> Loss:
+        if count is None:
+            count = (labels != IGNORE).sum()
+        t = image.new_zeros(len(image))
+        features = self.network.encode_image(image)
+        loss, stats, _ = self._loss_at(self.source(image), t, features, labels, count.clamp_min(1))
+        return loss, stats
+
+
+class Leaky(FlowSeg):
+    """Flow matching as it is usually written: t is uniform, x_t holds the truth, the error is that of v."""
+
+    def loss(
+        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
+    ) -> Loss:
+        # The state x_t = (1 - t) x0 + t mu[y], from which the label can be read.
+        valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
+        if count is None:
+            count = valid.sum()
+        count = count.clamp_min(1)
+        t = draw_random(torch.rand, (len(image),), generator).to(image)
+        x0 = self.source(image)
+        x1 = self.encode_labels(labels)
+        x_t = x0.lerp(x1, 1 - time_left(t))
+
+        # The error of v against v_gt - grad Phi.
+        v = self._velocity(x_t, t, self.network.encode_image(image))
+        x1_hat = (x_t + time_left(t) * v).detach()
+        phi, grad = self.potential(x1_hat, labels)
+        target = x1 - x0
+        if self.config.objective == "reshaped":
+            target = target - grad
+        loss = ((v - target).square() * valid).sum() / (count * self.config.encoding_dims)
+
+        fm_error = (x1_hat - x1).square().mean(1, keepdim=True)  # (B, 1, H, W)
+        maps = {"fm_error": fm_error, "phi": phi, "grad_phi": grad.norm(dim=1, keepdim=True)}
+        return loss, {name: (values * valid).sum() / count for name, values in maps.items()}
+
+
+class Unmasked(FlowSeg):
+    """Pixels without a label are trained like those of class 0."""
+
+    def loss(
+        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
+    ) -> Loss:
+        # All pixels of this batch count, so this is right for one process and whole batches only.
+        return super().loss(image, labels.where(labels != IGNORE, 0), generator)
+
+
+class Noise(FlowSeg):
+    """The source is noise; in sampling it is the same for every image."""
+
+    generator: Generator = None  # of the training step
+
+    def loss(
+        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
+    ) -> Loss:
+        self.generator = generator
+        try:
+            return super().loss(image, labels, generator, count)
+        finally:
+            self.generator = None
+
+    def source(self, image: Tensor) -> Tensor:
+        own = self.generator or [torch.Generator().manual_seed(0) for _ in image]
+        shape = (len(image), self.config.encoding_dims, *image.shape[2:])
+        return draw_random(torch.randn, shape, own).to(image)
+
+
+class End(FlowSeg):
+    """The output of the network is read as the end x1_hat instead of the velocity."""
+
+    def _velocity(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
+        return (super()._velocity(x, t, features) - x) / time_left(t)
+
+
+class Annealed(FlowSeg):
+    """The correction fades with the time left: it is (1 - t) grad Phi, and so is grad_phi in the log."""
+
+    def _loss_at(
+        self, x_t: Tensor, t: Tensor, features: Features, labels: Tensor, count: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        self.left = time_left(t)
+        return super()._loss_at(x_t, t, features, labels, count)
+
+    def potential(self, x1_hat: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        phi, grad = super().potential(x1_hat, labels)
+        return phi, self.left * grad
+
+
+class Transformed(FlowSeg):
+    """Another T(d) than -log(d + eps); autograd computes the gradient, one image at a time."""
+
+    def logits(self, d: Tensor) -> Tensor:
+        """T(d) of squared distances."""
+        raise NotImplementedError
+
+    def potential(self, x1_hat: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        y = labels.where(labels != IGNORE, 0)
+        phi = []
+        grad = []
+        for own_x1_hat, own_y in zip(x1_hat, y, strict=True):
+            own_phi, own_grad = self._potential_of_image(own_x1_hat, own_y)
+            phi.append(own_phi)
+            grad.append(own_grad)
+        return torch.stack(phi), torch.stack(grad)
+
+    def _potential_of_image(self, x1_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Phi (1, H, W) and its gradient (dims, H, W) of one image: x1_hat (dims, H, W), y (H, W)."""
+        with torch.enable_grad(), torch.autocast(x1_hat.device.type, enabled=False):
+            x = x1_hat.detach().flatten(1).mT.float().requires_grad_()  # (H W, dims)
+            d = (x[:, None] - self.centroids).square().sum(-1)  # (H W, N)
+            phi = F.cross_entropy(self.logits(d) / self.config.tau, y.flatten(), reduction="none")
+        (grad,) = torch.autograd.grad(phi.sum(), x)  # (H W, dims)
+        return phi.detach().view(1, *y.shape), grad.mT.view(x1_hat.shape)
+
+    @torch.no_grad()
+    def soft_assignment(self, x: Tensor) -> Tensor:
+        pixels = x.movedim(1, -1).flatten(0, 2).float()  # (B H W, dims)
+        d, _ = squared_distances(pixels, self.centroids)
+        p = (self.logits(d) / self.config.tau).softmax(1)  # (B H W, N)
+        return p.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+
+
+class Linear(Transformed):
+    """T(d) = -d."""
+
+    def logits(self, d: Tensor) -> Tensor:
+        return -d
+
+
+class Sqrt(Transformed):
+    """T(d) = -sqrt(d + eps)."""
+
+    def logits(self, d: Tensor) -> Tensor:
+        return -(d + self.config.eps).sqrt()
+
+
+class Inverse(Transformed):
+    """T(d) = 1 / (d + eps)."""
+
+    def logits(self, d: Tensor) -> Tensor:
+        return 1 / (d + self.config.eps)
+
+
+def golden_centroids(num_classes: int, dims: int = 3) -> Tensor:
+    """Centroids (N, dims) of the sequence with alphas g^-1, g^-2, ..; the generalised golden ratio g solves
+    g^(dims+1) = g + 1."""
+    g = 2.0
+    for _ in range(64):  # a fixed-point iteration, whose error shrinks by more than 2 each time
+        g = (1 + g) ** (1 / (dims + 1))
+    alphas = g ** -torch.arange(1, dims + 1, dtype=torch.float64)
+    c = torch.arange(1, num_classes + 1, dtype=torch.float64)[:, None] * alphas % 1  # (N, dims)
+    low, high = c.aminmax(dim=0)
+    return (2 * (c - low) / (high - low) - 1).float()
+
+
+class Golden(FlowSeg):
+    """Centroids by the golden ratio."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        with torch.device("cpu"):  # `load` builds the model on the meta device, where there are no values
+            self.centroids = golden_centroids(config.num_classes, config.encoding_dims)
+
+
+class UNetwork(nn.Module):
+    """A plain convolutional U-Net at full resolution with 0.9 M parameters: one step turns x0 into logits."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        widths = [24, 48, 96, 144]
+        self.encoder = ImageEncoder(widths, stride=1)
+        self.head = nn.Conv2d(widths[0], num_classes, 1)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        fine, _ = self.encoder(image)
+        return self.head(fine)  # (B, N, H, W)
+
+    def forward(self, x: Tensor, t: Tensor, logits: Tensor) -> Tensor:
+        return logits - x
+
+
+class UNet(CrossEntropy):
+    """The yardstick: a plain U-Net trained by cross-entropy."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, UNetwork(config.num_classes))

@@ -1,0 +1,177 @@
+"""Public weights of PixNerd (arXiv 2507.23268), and how training starts from them or from ours.
+
+Nothing in a foreign file is executed: PyTorch's weights-only reader loads tensors and refuses all else. The
+shapes tell the configuration, then every name, shape and value is checked. The weights stay memory-mapped in
+the file until they are used, so an import needs no second copy of them.
+"""
+
+import math
+import re
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mode
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import CheckpointError, FlowSeg, ModelConfig, Network, tensor_faults
+
+PUBLIC_NAMES = tomllib.loads((Path(__file__).parent / "tables/pixnerd.toml").read_text(encoding="utf-8"))
+EMA = "ema_denoiser."
+# What else a public checkpoint holds: the raw weights that the EMA follows, and what trained them.
+SKIPPED = ("denoiser.", "diffusion_trainer.")
+# A valid size where no tensor tells one: the comparison of names then says which tensors are missing.
+UNKNOWN_SIZE = 4
+# Columns of the pixel embedding that read the position (8 x 8 cosines); those before read the state.
+POSITION_COLUMNS = 64
+
+
+@contextmanager
+def public_file(path: str | Path, kind: str) -> Iterator[dict]:
+    """Yield what a public `.pth` or `.ckpt` holds; every error inside becomes a CheckpointError.
+
+    kind: what the file should be, for the message.
+    """
+    try:
+        yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # foreign bytes make torch.load raise anything at all
+        # PyTorch puts the reason behind this label, and behind the reason advice to switch the safety off.
+        text = str(error).partition("WeightsUnpickler error:")[2] or str(error) or repr(error)
+        reason = text.strip().splitlines()[0].split(". ")[0]
+        message = f"{path} is no {kind}, or damaged ({reason}); download it again"
+        raise CheckpointError(message) from error
+
+
+def import_pixnerd(path: str | Path) -> FlowSeg:
+    """Load the EMA network of a public PixNerd checkpoint as a backbone that does not use the image yet.
+
+    It has two classes, the fewest there can be, because the file says nothing about classes.
+    Raises CheckpointError if the file cannot be used.
+    """
+    network = read_pixnerd(path)
+    return FlowSeg(network.config, network).eval()
+
+
+def start_from(model: FlowSeg, path: str | Path) -> None:
+    """Copy the network weights of a FlowSeg or a public PixNerd checkpoint into `model`.
+
+    The classes may differ. Raises CheckpointError if the networks do not fit.
+    """
+    path = Path(path)
+    source = FlowSeg.load(path) if path.suffix == ".safetensors" else import_pixnerd(path)
+    weights = widened(source.network, model.network)
+    if faults := tensor_faults(weights, model.network.state_dict()):
+        raise CheckpointError(f"{path} has another network ({faults}); match --preset")
+    model.network.load_state_dict(weights)
+
+
+def read_pixnerd(path: str | Path) -> Network:
+    """Read the EMA network of a public checkpoint, with an image path of zeros.
+
+    Of the class table only the last row is kept, which stands for "no class".
+    """
+    with public_file(path, "PixNerd checkpoint") as file:
+        state = file["state_dict"]
+        found = {name: value for name, value in state.items() if not name.startswith(SKIPPED)}
+        config = pixnerd_config({name: value.shape for name, value in found.items()})
+        with torch.device("meta"):  # shapes without values
+            network = Network(config)
+        ours = network.state_dict()
+
+        # Every tensor of the file must be one of ours, and every one of ours but the image path in the file.
+        public = {}
+        for name in ours:
+            if not name.startswith("image_to"):
+                public[name] = pixnerd_name(name, config.depth)
+        expected = {public[name]: ours[name] for name in public}
+        table = public["null_class"]
+        num_rows = len(found[table]) if table in found else 1  # any number of classes will do
+        expected[table] = ours["null_class"].expand(num_rows, -1)
+        if faults := tensor_faults(found, expected):
+            raise ValueError(faults)
+
+        # Float32 tensors are used where they lie in the file; other precisions are converted.
+        weights = {name: torch.zeros(value.shape) for name, value in ours.items() if name not in public}
+        for name, public_name in public.items():
+            weights[name] = found[public_name].float()
+        weights["null_class"] = weights["null_class"][-1].clone()
+        network.load_state_dict(weights, assign=True)
+    return network
+
+
+def pixnerd_name(name: str, depth: int) -> str:
+    """Return what a public checkpoint with `depth` transformer blocks calls a parameter of ours."""
+    parts = name.split(".")
+    if parts[0] == "nerf_blocks":  # there they continue the list of transformer blocks
+        parts[0] = "blocks"
+        parts[1] = str(depth + int(parts[1]))
+    return EMA + ".".join(PUBLIC_NAMES.get(part, part) for part in parts)
+
+
+def pixnerd_config(shapes: dict[str, torch.Size]) -> ModelConfig:
+    """Return the configuration that the shapes in a public checkpoint imply.
+
+    Several tensors tell most sizes, and the most frequent value counts. A single missing or wrong tensor
+    therefore changes nothing here, and the comparison that follows names it.
+    """
+    hidden_size = most_frequent(shapes, r"(qkv|w1|w3)\.weight", axis=1)
+    nerf_width = most_frequent(shapes, r"x_embedder|final_layer\.norm")
+    return ModelConfig(
+        num_classes=2,
+        encoding_dims=3,
+        conv_width=0,
+        patch_size=math.isqrt(most_frequent(shapes, r"s_embedder\.proj\.weight", axis=1) // 3),
+        hidden_size=hidden_size,
+        depth=count_blocks(shapes, "attn"),
+        num_heads=hidden_size // most_frequent(shapes, "[qk]_norm"),
+        nerf_depth=count_blocks(shapes, "param_generator"),
+        nerf_width=nerf_width,
+        nerf_mlp_ratio=most_frequent(shapes, "param_generator") // (2 * nerf_width**2),
+    )
+
+
+def most_frequent(shapes: dict[str, torch.Size], pattern: str, axis: int = 0) -> int:
+    """Return the size along `axis` that most tensors have whose name contains the pattern."""
+    matching = [shape for name, shape in shapes.items() if re.search(pattern, name)]
+    sizes = [shape[axis] for shape in matching if len(shape) > axis]
+    return mode(sizes or [UNKNOWN_SIZE])
+
+
+def count_blocks(shapes: dict[str, torch.Size], part: str) -> int:
+    """Return how many different blocks have a tensor whose name begins with `part`."""
+    matches = [re.search(rf"\bblocks\.(\d+)\.{part}", name) for name in shapes]
+    return len({match[1] for match in matches if match})
+
+
+def widened(source: Network, target: Network) -> dict[str, Tensor]:
+    """Return the weights of `source`, extended to more state channels and an image path as in `target`.
+
+    Whatever is new starts at zero, so the velocity stays the same. A source that already uses the image is
+    returned as it is: it has to fit exactly.
+    """
+    weights = source.state_dict()
+    own = target.state_dict()
+    image_maps = [value for name, value in weights.items() if name.startswith("image_to")]
+    if any(value.any() for value in image_maps):
+        return weights
+
+    # State channels are the first columns of what reads the state, and the rows of what writes it.
+    dims = source.config.encoding_dims
+    more = max(0, target.config.encoding_dims - dims)
+    area = target.config.patch_size**2
+    state, position = weights["pixel_embed.weight"].split([dims, POSITION_COLUMNS], dim=1)
+    weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, more)), position], dim=1)
+    weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
+    weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, more))
+    weights["head.bias"] = F.pad(weights["head.bias"], (0, more))
+
+    # The image encoder keeps its random start; the maps that let it act are zero.
+    for name, value in own.items():
+        if name.startswith("image_to"):
+            weights[name] = torch.zeros_like(value)
+        elif name.startswith("image_encoder"):
+            weights[name] = value
+    return weights

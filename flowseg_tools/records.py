@@ -1,0 +1,120 @@
+"""What a training run writes and says: weights with their scores, a preview, the log, its first lines."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from data import evenly_spaced
+from flowseg_tools import draw
+from flowseg_tools.predict import segment_photo
+from flowseg_tools.runs import RunError, environment, replace_text
+
+METRICS = "metrics.jsonl"
+NUM_PREVIEWS = 4  # validation images in preview.png
+
+
+class Log:
+    """The lines of metrics.jsonl and, if wanted, TensorBoard's file. A failure to log never ends the work."""
+
+    def __init__(self, folder: Path, tensorboard: bool, console: Console):
+        self.path = folder / METRICS
+        self.console = console
+        self.failed = False
+        self.writer = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise RunError("--tensorboard: it is not installed; pip install tensorboard") from error
+            self.writer = SummaryWriter(folder)
+
+    def write(self, step: int, **values: float) -> None:
+        """Add a line; a number that JSON does not know becomes null."""
+        line = {"step": step}
+        for name, value in values.items():
+            line[name] = value if math.isfinite(value) else None
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.writer:
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
+                self.writer.flush()
+        except OSError as error:
+            if not self.failed:
+                self.console.print(f"warning: {self.path}: {error}; training goes on", style="yellow")
+            self.failed = True
+
+    def rewind(self, step: int, validated: int) -> None:
+        """Drop what was logged after the state that a run continues from: it will be logged again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+                last = validated if "mIoU" in values else step
+                if values["step"] <= last:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # a line cut short by a kill, or damaged
+        replace_text(self.path, "".join(kept))
+
+
+def introduce(run, origin: str | Path) -> None:
+    """Say what is trained on what, from what, to where; run is a train.Run."""
+    config = run.config
+    network = run.model.config
+    millions = sum(parameter.numel() for parameter in run.ema.parameters()) / 1e6
+    bits = "bfloat16" if run.bfloat16 else "float32"
+    for line in (
+        f"data: {run.data.name}, {len(run.data):,} training images, {network.num_classes} classes",
+        f"network: preset {config.preset}, {millions:.1f} M parameters, {bits}, from {origin}",
+        f"flow: {network.objective}, {network.encoding} centroids in {network.encoding_dims} dimensions",
+        f"run: {run.folder}, {config.max_steps:,} steps of {config.batch_size} images on "
+        f"{run.world} x {run.device}",
+    ):
+        run.console.print(line)
+
+
+def write_weights(run, scores: dict[str, float] | None = None, protocol: dict | None = None) -> None:
+    """Write the EMA weights of a train.Run as `last`, with scores also a preview and, at its best, `best`."""
+    config = run.config
+    table = run.data.labels
+    facts = {
+        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "dataset": config.dataset,
+        "root": config.root, "crop_size": config.crop_size, "step": run.step,
+        "protocol": protocol or {}, "environment": environment(), **(scores or {}),
+    }  # fmt: skip
+    run.ema.save(run.folder / "last.safetensors", **facts)
+    if scores is None:
+        return
+    if scores["mIoU"] > run.best:
+        run.ema.save(run.folder / "best.safetensors", **facts)
+    rows = []
+    for i in evenly_spaced(len(run.held_out), NUM_PREVIEWS):
+        photo, truth = run.held_out[i]
+        prediction, _ = segment_photo(run.ema, photo, config.crop_size)
+        rows.append((photo, truth, prediction))
+    palette = draw.palette(run.ema.centroids.cpu().numpy())
+    draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette))
+    run.log.write(run.step, **scores)
+
+
+def scores_of(metrics, classes: Iterable[str]) -> dict:
+    """The scores of train.Metrics, those of each class and the counts, as JSON has them: no nan but None."""
+
+    def known(values: Iterable[float]) -> list[float | None]:
+        return [None if math.isnan(value) else value for value in values]
+
+    pixels = metrics.confusion.sum(1).tolist()
+    iou = known(metrics.iou.tolist())
+    accuracy = known(metrics.accuracy.tolist())
+    rows = zip(classes, iou, accuracy, pixels, strict=True)
+    facts: dict = dict(zip(metrics.scores, known(metrics.scores.values()), strict=True))
+    facts["classes"] = [{"name": name, "IoU": i, "Acc": a, "pixels": n} for name, i, a, n in rows]
+    facts["confusion"] = metrics.confusion.tolist()
+    return facts

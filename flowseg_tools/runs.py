@@ -1,0 +1,336 @@
+"""Run directories: what they hold, how a run continues where it stopped, and the process it runs in.
+
+    config.json             what was asked for, and the labels it is about
+    metrics.jsonl           a line for every report
+    last, best.safetensors  EMA weights, which other commands read
+    state.safetensors       all that the next training step depends on; previous.safetensors: the state before
+    preview.png             a few validation images
+
+Weights and states are written whole or not at all.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from model import CheckpointError, write_tensors
+
+STATE = "state.safetensors"
+PREVIOUS = "previous.safetensors"
+CONFIG = "config.json"
+STATE_FORMAT = "flowseg-state-2"
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+SAVE = getattr(signal, "SIGUSR1", None)  # save now and go on; Windows has none
+MAY_GROW = "max_steps"  # the one setting that a later call may raise
+
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+class RunError(Exception):
+    """A run that cannot start or continue as asked; the message is one line and says what to do."""
+
+    exit_code = 2
+
+
+def check(folder: Path, config: dict[str, dict], allow_changes: bool) -> list[str]:
+    """The settings that differ from the run in `folder`, in words; none for a new run.
+
+    config: groups of settings, as they are stored in config.json. RunError: the folder holds something else,
+    or a run with other settings, unless they are allowed.
+    """
+    path = folder / CONFIG
+    try:
+        if not path.exists():
+            if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
+                raise RunError(f"{folder} exists and is not a run directory; choose another with --out")
+            return []
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or stored.keys() != config.keys():
+            raise RunError(f"{folder} holds a run of another version of flowseg; choose another with --out")
+        changes = []
+        refused = []
+        for group, settings in config.items():
+            for name, value in settings.items():
+                before = stored[group].get(name)
+                if before == value:
+                    continue
+                changes.append(f"{name} was {before!r}, now {value!r}")
+                if name != MAY_GROW or value < before:
+                    refused.append(changes[-1])
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise RunError(f"{path} cannot be used ({reason}); choose another folder with --out") from error
+    if refused and not allow_changes:
+        fix = "repeat its options, use --out, or --allow-changes"
+        raise RunError(f"{folder} holds another run ({'; '.join(refused)}): {fix}")
+    return changes
+
+
+def claim(folder: Path, config: dict[str, dict]) -> None:
+    """Write what the run in this folder was asked for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)  # a link is removed, never followed
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in this folder; the system ends the lock with the process.
+
+    RunError names the process that is at work there. Where the file system has no locks, training goes on
+    without one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link is never followed
+    with os.fdopen(os.open(folder / ".lock", flags, 0o666), "r+", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = file.read().strip() or "unknown"
+            fix = "wait for it, or choose another folder with --out"
+            raise RunError(f"{folder} is in use by process {owner}; {fix}") from None
+        except (ImportError, OSError):
+            pass
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def save_state(
+    folder: Path, modules: dict[str, nn.Module], optimizers: Optimizers, at: tuple[int, int, float]
+) -> None:
+    """Write all that the next step depends on, and keep the state before it.
+
+    modules: whose weights belong to the state; the optimizers are of their parameters. at: step, step last
+    validated, best mIoU.
+    """
+    modules = nn.ModuleDict(modules)
+    names = {parameter: name for name, parameter in modules.named_parameters()}
+    tensors = modules.state_dict()
+    for optimizer in optimizers:
+        for parameter, moments in optimizer.state.items():
+            for kind, value in moments.items():
+                tensors[f"optimizer.{names[parameter]}.{kind}"] = value
+    write_tensors(tensors, folder / STATE, {"format": STATE_FORMAT, "at": at}, keep=PREVIOUS)
+
+
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, int, float]]:
+    """The tensors of a state and its `at`. CheckpointError: it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if json.loads(metadata["format"]) != STATE_FORMAT:
+                raise ValueError("written by another version of flowseg")
+            step, validated, best = json.loads(metadata["at"])
+            if type(step) is not int or type(validated) is not int or not 0 <= validated <= step:
+                raise ValueError(f"step {step!r}, validated {validated!r}")
+            if type(best) not in (int, float) or not -1 <= best <= 1:
+                raise ValueError(f"best mIoU {best!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
+    return tensors, (step, validated, best)
+
+
+def load_state(
+    folder: Path, modules: dict[str, nn.Module], optimizers: Optimizers, console: Console, writes: bool
+) -> tuple[int, int, float]:
+    """Continue from the newest state that can be read: step, step last validated, best mIoU so far.
+
+    writes: this process is the one that sets a damaged state aside.
+    """
+    damage = []
+    tensors: dict[str, torch.Tensor] = {}
+    at = (0, 0, -1.0)
+    paths = [path for path in (folder / STATE, folder / PREVIOUS) if path.exists()]
+    for path in paths:
+        try:
+            tensors, at = read_state(path)
+            break
+        except CheckpointError as error:
+            damage.append(str(error))
+    if paths and len(damage) == len(paths):
+        raise CheckpointError(f"{'; '.join(damage)}; choose another folder with --out")
+    if damage and writes:  # set aside, so that the next save does not take it for the state to keep
+        rest = f"going on from the state saved before it, at step {at[0]}"
+        console.print(f"warning: {damage[0]}: {rest}", style="yellow")
+        (folder / STATE).replace(folder / "damaged.safetensors")
+    if not tensors:
+        return at
+
+    whole = nn.ModuleDict(modules)
+    parameters = dict(whole.named_parameters())
+    owners = {parameter: optimizer for optimizer in optimizers for group in optimizer.param_groups
+              for parameter in group["params"]}  # fmt: skip
+    weights = {}
+    try:
+        for key, value in tensors.items():
+            if not key.startswith("optimizer."):
+                weights[key] = value
+                continue
+            name, kind = key.removeprefix("optimizer.").rsplit(".", 1)
+            parameter = parameters[name]
+            if value.ndim and value.shape != parameter.shape:
+                raise RuntimeError(f"{key} is {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+            owners[parameter].state[parameter][kind] = value.to(parameter.device)
+        whole.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:  # settings that --allow-changes let through
+        raise RunError(
+            f"{folder}: its state is of another network, teacher or optimizer; use --out"
+        ) from error
+    return at
+
+
+def newest_checkpoint(where: Path | None = None, command: str = "flowseg train") -> Path:
+    """A file as it is; or the best weights of a run directory, by default of the newest run under runs/.
+
+    RunError: there are none; it names the command that makes them.
+    """
+    if where and where.suffix and not where.is_dir():
+        return where
+    found = list(where.glob("last.safetensors") if where else Path("runs").glob("*/last.safetensors"))
+    if not found:
+        raise RunError(f"no weights in {where or 'runs'}/: run `{command}`, or pass a checkpoint")
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    best = newest.with_name("best.safetensors")
+    return best if best.exists() else newest
+
+
+def environment() -> dict[str, str]:
+    """Versions and commit that weights were made with."""
+    repository = Path(__file__).parents[1] / ".git"  # not one around an installed wheel
+    commit = ""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["git", f"--git-dir={repository}", "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "commit": commit or "unknown"}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; auto: CUDA, then MPS, then CPU. Under torchrun each process has its own GPU.
+
+    RunError: it is not available, or one GPU was named for several processes.
+    """
+    available = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    if name == "auto":
+        name = available[0]
+    kind, _, index = name.partition(":")
+    if kind not in available or (index and (kind != "cuda" or not index.isdigit())):
+        raise RunError(f"--device {name} is not available; expected auto, {', '.join(available)}")
+    if kind != "cuda":
+        return torch.device(kind)
+    if not index:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RunError(f"--device {name} is one GPU for all processes of torchrun; pass --device cuda")
+    if int(index) >= torch.cuda.device_count():
+        raise RunError(f"--device {name}: expected a GPU from 0 to {torch.cuda.device_count() - 1}")
+    return torch.device(name)
+
+
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect signals instead of dying; a second SIGINT interrupts at once (torchrun sends two itself)."""
+    received: list[int] = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and number in received and "RANK" not in os.environ:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {}
+    for number in (*STOPS, SAVE):
+        if number is None or signal.getsignal(number) == signal.SIG_IGN:  # as nohup sets SIGHUP
+            continue
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def outlive_signals(worker: int) -> None:
+    """In a loader process: leave signals of the process group to the process that trains, which still needs
+    its loaders. SIGTERM ends it half a minute later, so that no stray is left."""
+    for number in (*STOPS, SAVE):
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def process() -> tuple[int, int]:
+    """Rank and number of the processes that train together: (0, 1) without torchrun."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun has started; without torchrun do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(signals: list[int]) -> tuple[int, bool]:
+    """The signal to stop for, or 0, and whether one asks to save: the same answer in every process."""
+    counts = summed(torch.tensor([signals.count(number) for number in (*STOPS, SAVE)]))
+    *stops, save = counts.tolist()
+    stop = 0
+    for number, count in zip(STOPS, stops, strict=True):
+        if count and not stop:
+            stop = int(number)
+    return stop, save > 0
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory in use so far: on the GPU, or by this process where the system says it."""
+    if device.type == "cuda":
+        return {"peak_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+    if sys.platform != "linux":
+        return {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return {"peak_memory_gb": int(line.split()[1]) * 1024 / 1e9}
+    return {}

@@ -1,0 +1,90 @@
+"""Settings of a run: presets, recipes, and NAME=VALUE on the command line."""
+
+import os
+import tomllib
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+from data import nearest, open_dataset
+from flowseg_tools.runs import RunError
+from model import ModelConfig
+
+TABLES_DIR = Path(__file__).parent / "tables"
+PRESETS = tomllib.loads((TABLES_DIR / "presets.toml").read_text(encoding="utf-8"))
+RECIPES = tomllib.loads((TABLES_DIR / "recipes.toml").read_text(encoding="utf-8"))
+
+
+def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
+    """A configuration of `kind`, which is train.TrainConfig, and the ModelConfig; see train.resolve."""
+    kinds = {field.name: type(field.default) for field in (*fields(ModelConfig), *fields(kind))}
+    del kinds["num_classes"]  # the data set decides
+    chosen = merge(given, settings, kinds, kind.preset)
+    try:
+        config = kind(**{name: chosen[name] for name in chosen if hasattr(kind, name)})
+        data = open_dataset(config.dataset, "training", config.root, strict=False)  # for its label table
+        network = {"num_classes": len(data.labels.classes)}
+        if network["num_classes"] > 32:  # measured at 11, 14 and 112 classes: docs/RESULTS.md
+            network |= {"encoding": "coded", "encoding_dims": 19}
+        network |= {name: chosen[name] for name in chosen if hasattr(ModelConfig, name)}
+        model_config = ModelConfig(**network)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+    patch_size = model_config.patch_size
+    if config.crop_size % patch_size:
+        raise RunError(f"crop_size is {config.crop_size}; expected a multiple of the patch size {patch_size}")
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * config.grad_accum_steps
+    if config.batch_size % parts:
+        expected = f"a multiple of {parts}, processes x grad_accum_steps"
+        raise RunError(f"batch_size is {config.batch_size}; expected {expected}")
+    return config, model_config
+
+
+def command_for(init: str) -> str:
+    """The command that makes the weights that --init or a recipe starts from."""
+    for name in RECIPES:
+        if init == f"runs/{name}":
+            return f"flowseg train --recipe {name}"
+    return "flowseg train"
+
+
+def merge(given: dict, settings: Iterable[str], kinds: dict[str, type], preset: str) -> dict:
+    """The value of every field that is set: by NAME=VALUE, else an option, else the recipe, else the preset.
+
+    given: options by the names of their fields. kinds: the type of every field. preset: the one that counts
+    where none is named. RunError names what is unknown.
+    """
+    chosen = dict(given)
+    for setting in settings:
+        name, value = parse_setting(setting, kinds)
+        chosen[name] = value
+    for name in chosen:
+        if name not in kinds:
+            raise RunError(f"{name} is no setting{nearest(name, kinds)}")
+    if chosen.get("recipe"):
+        chosen = choose("--recipe", chosen["recipe"], RECIPES) | chosen
+    return choose("--preset", chosen.get("preset", preset), PRESETS) | chosen
+
+
+def parse_setting(setting: str, kinds: dict[str, type]) -> tuple[str, str | int | float | bool]:
+    """Name and value of NAME=VALUE, where the value gets the type of the field."""
+    name, _, text = setting.partition("=")
+    if name not in kinds:
+        raise RunError(f"--set {setting}: expected FIELD=VALUE of a configuration{nearest(name, kinds)}")
+    kind = kinds[name]
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise RunError(f"--set {setting}: expected {name}=true or {name}=false")
+        return name, text == "true"
+    try:
+        return name, kind(text)
+    except ValueError:
+        raise RunError(f"--set {setting}: expected a {kind.__name__} after {name}=") from None
+
+
+def choose(option: str, name: str, tables: dict) -> dict:
+    """The table of that name. RunError names the option and the tables that there are."""
+    if name not in tables:
+        raise RunError(f"{option} {name}: expected {', '.join(tables)}{nearest(name, tables)}")
+    return tables[name]
