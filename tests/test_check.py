@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import FolderDataset, ShapesDataset, open_dataset
@@ -31,7 +32,7 @@ def test_problems_reports_every_kind_once_with_first_file_and_count(tmp_path):
     (masks / "a0.png").unlink()
     (images / "a1.jpg").unlink()
     for k in (2, 3):
-        write(masks / f"a{k}.png", mask_of(0), "RGB")
+        write(masks / f"a{k}.png", np.dstack([mask_of(0, 9)] * 2 + [mask_of(9, 0)]))
     write(masks / "a4.png", mask_of(0)[:5])
     write(masks / "a5.png", mask_of(0, 77))
     (images / "a6.jpg").write_bytes((images / "a6.jpg").read_bytes()[:200])
@@ -39,9 +40,9 @@ def test_problems_reports_every_kind_once_with_first_file_and_count(tmp_path):
     write(masks / "a7.jpg", mask_of(0))
     lines = report(root)
     for name, words in [
-        ("a0.jpg", "annotations/training; 1 of 9"),
-        ("a1.png", "images/training; 1 of 9"),
-        ("a2.png", "saved as RGB"),
+        ("a0.jpg", "annotations/training/*; 1 of 9"),
+        ("a1.png", "images/training/*; 1 of 9"),
+        ("a2.png", "of colours"),
         ("a4.jpg", "16 x 5"),
         ("a5.png", "raw value 77"),
         ("a6.jpg", "cannot be read"),
@@ -49,7 +50,7 @@ def test_problems_reports_every_kind_once_with_first_file_and_count(tmp_path):
     ]:
         matching = [line for line in lines if words in line]
         assert len(matching) == 1 and name in matching[0], (words, lines)
-    assert "1 more" in next(line for line in lines if "RGB" in line)
+    assert "1 more" in next(line for line in lines if "of colours" in line)
     assert len(lines) == 7
 
 
