@@ -19,6 +19,7 @@ from hashlib import sha256
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
@@ -177,6 +178,10 @@ def _read(source: str | Path | bytes, max_pixels: int, convert: Callable):
         image = Image.open(BytesIO(content), formats=formats)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+        bits = {"1": 1, "L": 8}.get(image.mode)  # what Pillow takes for granted in the following cases
+        signed = image.format == "TIFF" and bits == 8 and image.tag_v2.get(339) == (2,)
+        if signed or (image.format == "BMP" and bits not in (None, content[28])):
+            raise ValueError("its numbers are stored in a way that Pillow gets wrong")
         image.info |= {"frames": 1, "orientation": 1, "layout": str(image.tile[0].args) if image.tile else ""}
         if image.format == "WEBP" and b"VP8L" not in content:
             image.info["compression"] = "webp"
@@ -320,7 +325,8 @@ def match(root: Path, pattern: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in sorted(files, key=lambda name: (order[name], name)):
         if fit := fits.fullmatch(name):
-            other = found.setdefault("/".join(fit.groups()), files[name])
+            key = normalize("NFC", "/".join(fit.groups()))  # macOS writes letters with accents in two parts
+            other = found.setdefault(key, files[name])
             if other != files[name]:
                 raise DataError(f"{files[name]}: has the same stem as {other.name}; keep one of them")
     return found
@@ -360,6 +366,10 @@ class FolderDataset:
         images, masks = (match(self.root, pattern) for pattern in patterns)
         taken = set(masks.values())
         images = {key: path for key, path in images.items() if path not in taken}
+        share = keys["validation"]
+        if not listed and not share and "{split}" not in keys["images"]:
+            fix = "write {split} in it, list files in splits, or validation = 0.2"
+            raise DataError(f"{toml}: images is {keys['images']!r}, the same for every split; {fix}")
         faults = []
         if not images:
             faults.append(f"{self.root / patterns[0]}: no image fits; {self._remedy(toml)}")
@@ -369,7 +379,8 @@ class FolderDataset:
         if listed:
             known = {path.relative_to(self.root).as_posix(): key for key, path in images.items()}
             known |= {key: key for key in images}
-            names = [line.strip() for line in list_file.read_text(encoding="utf-8-sig").splitlines()]
+            text = normalize("NFC", list_file.read_text(encoding="utf-8-sig"))
+            names = [line.strip() for line in text.splitlines()]
             unknown = [name for name in names if name and name not in known]
             faults += [
                 f"{list_file}: {name!r} fits no image; {len(unknown)} such names" for name in unknown[:1]
@@ -377,7 +388,6 @@ class FolderDataset:
             images = {known[name]: images[known[name]] for name in names if name in known}
         alone = [path for key, path in images.items() if key not in masks]
         pairs = {key: (path, masks[key]) for key, path in images.items() if key in masks}
-        share = keys["validation"]
         if share and split != "test":
             ranked = sorted(pairs, key=lambda key: sha256(key.encode()).digest())
             count = max(1, min(len(ranked) - 1, round(share * len(ranked))))

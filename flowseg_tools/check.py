@@ -137,6 +137,7 @@ class Checker:
                 name = "#{:02x}{:02x}{:02x}".format(*colour)
                 line = f"{path}: the colour {name} is {index} in its palette, but {first} in that of {other}"
                 self.problems["palettes"].append(f"{line}; write ids as colours, such as {name!r}")
+                break
 
 
 def _merged(lines: dict[str, list[str]]) -> list[str]:

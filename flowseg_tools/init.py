@@ -269,12 +269,11 @@ def _data_yaml(text: str, lines: list[str]) -> dict[Value, str]:
     """Ultralytics: names as a list or as a table, in the plain forms that its exports have."""
     after = re.split(r"(?m)^names:", text)[1]
     if after.strip().startswith("["):
-        return dict(
-            enumerate(re.findall(r"""['"]?([^'",\[\]\n]+?)['"]?\s*[,\]]""", after.partition("]")[0] + "]"))
-        )
+        names = after.partition("]")[0].strip(" [").split(",")
+        return {k: name.strip(" '\"\n") for k, name in enumerate(names)}
     block = re.match(r"\s*\n((?:[ \t]*(?:-|\d+:).*\n?)+)", after)[1]
-    rows = re.findall(r"(?m)^[ \t]*(?:-|(\d+):)[ \t]*['\"]?(.+?)['\"]?\s*$", block)
-    return {int(value or k): name for k, (value, name) in enumerate(rows)}
+    rows = re.findall(r"(?m)^[ \t]*(?:-|(\d+):)(.*)$", block)
+    return {int(value or k): name.strip(" '\"") for k, (value, name) in enumerate(rows)}
 
 
 def _machine_colors(text: str, lines: list[str]) -> dict[Value, str]:
