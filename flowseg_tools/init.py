@@ -176,15 +176,21 @@ def best_patterns(root: Path, pictures: list[str]) -> tuple[str, str]:
                 ranked.append((rank, images, masks))
     ranked.sort()
 
-    # A mask has few values and an image many; images of few colours count if there are no better ones.
+    # A mask has few values and an image many; images of few colours count if there are no others. Most of
+    # the files that are looked at must be of that kind, as some may be damaged.
     for least in (IGNORE + 2, 2):
         for _, images, masks in ranked[:100]:
             keys = sorted(sets[images].keys() & sets[masks].keys())
-            some = [keys[k] for k in evenly_spaced(len(keys), 3)]
-            kinds = [_looks(root / sets[masks][key]) for key in some]
-            photos = [_looks(root / sets[images][key]) for key in some]
-            masked = all(kind != "photo" and 0 < count <= IGNORE + 1 for kind, count in kinds)
-            if masked and min(count for _, count in photos) >= least:
+            some = [keys[k] for k in evenly_spaced(len(keys), 5)]
+            right = 0
+            for key in some:
+                kind, count = _looks(root / sets[masks][key])
+                right += (
+                    kind != "photo"
+                    and 0 < count <= IGNORE + 1
+                    and _looks(root / sets[images][key])[1] >= least
+                )
+            if 2 * right > len(some):
                 return images, masks
     return "", ""
 
