@@ -409,7 +409,7 @@ class FolderDataset:
         return faults
 
     def _listed(self, file: Path, images: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
-        """Return the images that a file lists, by what * stands for or by path, and a line for other names."""
+        """Return the images that a file lists, by what * stands for or by path, and a line for others."""
         known = {path.relative_to(self.root).as_posix(): key for key, path in images.items()}
         known |= {key: key for key in images}
         lines = normalize("NFC", file.read_text(encoding="utf-8-sig")).splitlines()
