@@ -200,13 +200,13 @@ def evaluate(
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
     from rich.progress import track
 
-    from data import open_dataset
+    from data import MAX_PIXELS, open_dataset
     from flowseg_tools.records import scores_of
     from train import evaluate
 
     model = load(checkpoint or weights, device)
     data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
-    data.max_pixels = max_pixels or data.max_pixels
+    data.max_pixels = max_pixels or MAX_PIXELS
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
