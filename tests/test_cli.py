@@ -68,14 +68,16 @@ def fails(result, code, *words):
 
 def make_folder(root, count=3, size=(24, 20)):
     """A folder data set of grey photos with two classes, left and right."""
-    for split in ("training", "validation", "test"):
+    for number, split in enumerate(("training", "validation", "test")):
         for kind in ("images", "annotations"):
             (root / kind / split).mkdir(parents=True)
         for i in range(count):
             mask = np.zeros(size[::-1], np.uint8)
             mask[:, size[0] // 2 :] = 7
             mask[0] = 255
-            Image.fromarray(mask // 7 * 200).convert("RGB").save(root / "images" / split / f"{i}.png")
+            photo = mask // 7 * 200
+            photo[1, 1] = 50 * number + i  # no image is in two splits
+            Image.fromarray(photo).convert("RGB").save(root / "images" / split / f"{i}.png")
             Image.fromarray(mask).save(root / "annotations" / split / f"{i}.png")
     (root / "dataset.toml").write_text(
         'name = "halves"\nclasses = ["left", "right"]\nids = [0, 7]\nignore = [255]\n'
