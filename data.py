@@ -381,7 +381,9 @@ class FolderDataset:
         images = {key: path for key, path in images.items() if path not in taken}
         faults = []
         if not images:
-            faults.append(f"{self.root / patterns[0]}: no image fits; {self._remedy(toml)}")
+            start = self.root / patterns[0].partition("*")[0].rpartition("/")[0]
+            lack = "holds no image that fits the pattern" if start.is_dir() else "no such folder"
+            faults.append(f"{start}: {lack}; {self._remedy(toml)}")
         elif listed:
             images, faults = self._listed(list_file, images)
 

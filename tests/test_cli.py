@@ -537,7 +537,7 @@ def break_size(root):
 
 def break_mode(root):
     for i in range(3):
-        Image.new("RGB", (24, 20)).save(root / "annotations" / "training" / f"{i}.png")
+        Image.new("RGB", (24, 20), (7, 8, 9)).save(root / "annotations" / "training" / f"{i}.png")
 
 
 def break_photo(root):
@@ -549,7 +549,7 @@ def break_photo(root):
     (break_annotation, ["1.png", "annotation"]),
     (break_value, ["value 9", ".png", "ids"]),
     (break_size, ["24 x 21", "24 x 20"]),
-    (break_mode, ["RGB"]),
+    (break_mode, [".png", "of colours", "ids"]),
     (break_photo, [".png"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("workers", [0, 1])

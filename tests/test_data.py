@@ -341,7 +341,7 @@ def test_splits_rename_the_folders(tmp_path):
     root = make_folder(tmp_path, [mask_of(0)], toml, "val")
     folder = open_dataset(str(root), "validation")
     assert len(folder) == 1 and folder.name == "x" and folder.pairs[0][0].parent.name == "val"
-    assert f"{root}/images/train/*: no image fits" in error_of(open_dataset, str(root), "training")
+    assert f"{root}/images/train: no such folder" in error_of(open_dataset, str(root), "training")
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,9 @@ def test_missing_parts_say_what_was_expected(tmp_path):
     message = error_of(open_dataset, str(tmp_path), "training")
     assert "dataset.toml" in message and f"flowseg init {tmp_path}" in message
     root = make_folder(tmp_path, [])
-    assert f"{root}/images/training/*: no image fits" in error_of(FolderDataset, root, "training")
+    assert f"{root}/images/training: no such folder" in error_of(FolderDataset, root, "training")
+    (root / "images/training").mkdir(parents=True)
+    assert f"{root}/images/training: holds no image" in error_of(FolderDataset, root, "training")
     write(root / "images/training/a.jpg", np.zeros((4, 4, 3), np.uint8))
     message = error_of(FolderDataset, root, "training")
     assert message.startswith(f"{root}/images/training/a.jpg: ") and "1 of 1" in message
@@ -545,7 +547,7 @@ def test_a_folder_in_the_working_directory_is_not_taken_for_a_named_data_set(tmp
     make_folder(tmp_path / "ade20k", [mask_of(0)])
     monkeypatch.chdir(tmp_path)
     message = error_of(open_dataset, "ade20k", "training", tmp_path / "elsewhere")
-    assert message.startswith(f"{tmp_path}/elsewhere/ade20k/images/training/*")
+    assert message.startswith(f"{tmp_path}/elsewhere/ade20k/images/training: no such folder")
     assert open_dataset("./ade20k", "training", tmp_path / "elsewhere").labels.classes[0] == "sky"
 
 
