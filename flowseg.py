@@ -8,6 +8,7 @@ traceback. Whatever needs PyTorch is imported inside the command that needs it, 
 import json
 import os
 import sys
+import traceback
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +111,7 @@ def train(
     init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
     objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
     recipe: Annotated[Text, value(TRAINING, "NAME", f"{', '.join(RECIPES)}.", "none")] = None,
-    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "800", least=1)] = None,
+    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "480", least=1)] = None,
     batch_size: Annotated[
         Number, value(TRAINING, "N", "Images per step.", "8", "--batch-size", "--batch", least=1)
     ] = None,
@@ -123,7 +124,7 @@ def train(
     out_dir: Annotated[
         File, value(RUN, "DIR", "Run directory.", "runs/DATASET-PRESET", "--out", "-o")
     ] = None,
-    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "200", least=1)] = None,
+    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "160", least=1)] = None,
     dtype: Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", "bfloat16 on CUDA")] = None,
     compile: Annotated[bool, flag(RUN, "--compile", "Compile the network first (minutes).")] = False,
     deterministic: Annotated[
@@ -264,7 +265,8 @@ def segment(
         segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
         raw_ids=ids == "raw", max_pixels=max_pixels or MAX_PIXELS,
     )  # fmt: skip
-    records = tell(segment_all(planned, work), len(photos), out, err, quiet)
+    screen = err if as_json else out  # stdout then holds the JSON alone
+    records = tell(segment_all(planned, work), len(photos), screen, err, quiet)
     if report:
         write_report(report, records)
     if as_json:
@@ -291,7 +293,9 @@ def info(
     elif what.endswith(".safetensors"):
         from dataclasses import asdict
 
-        model = load(Path(what))
+        from model import FlowSeg
+
+        model = FlowSeg.load(what)
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
         from flowseg_tools.check import describe
@@ -382,8 +386,8 @@ def main() -> None:
     sys.path[:] = [own, *(place for place in sys.path if place != own)]
     from flowseg_tools.terminal import Steady, describe_error
 
-    sys.stdout = Steady(sys.stdout)
-    sys.stderr = Steady(sys.stderr)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Steady(getattr(sys, name)))
     try:
         code = app(prog_name="flowseg", standalone_mode=False)
     except KeyboardInterrupt:
@@ -392,6 +396,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         line, code = describe_error(error)
+        traceback.clear_frames(error.__traceback__)  # they hold loaders, which would live on for a while
         err.print(line, style="red")
     if sys.stdout.close_quietly():
         err.print("error: the results could not be written to stdout", style="red")
