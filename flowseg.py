@@ -1,4 +1,4 @@
-"""The `flowseg` command: train, eval, segment, info, download.
+"""The `flowseg` command: train, eval, segment, init, info, download.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 ok, 1 some inputs failed, 2 usage, 3 data,
 4 download, 5 checkpoint, 128 + the number of the signal that ended it. An error is one line; --debug adds the
@@ -6,9 +6,12 @@ traceback. Whatever needs PyTorch is imported inside the command that needs it, 
 """
 
 import json
+import logging
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +67,7 @@ DatasetOf = Annotated[Text, value(DATA, "NAME|DIR", "A data set's name, or a fol
 ROOT = "$FLOWSEG_DATA, else ~/.cache/flowseg"
 Root = Annotated[File, value(DATA, "DIR", "Folder of named data sets and weights.", ROOT)]
 Limit = Annotated[Number, value(DATA, "N", "Most images of a split, evenly spaced.", "all", least=1)]
+MaxPixels = Annotated[Number, value(DATA, "N", "Largest picture that is opened.", "250,000,000", least=1)]
 Steps = Annotated[Number, value(METHOD, "N", "Euler steps.", "the checkpoint's", least=1)]
 SIDE = "Pixels that the short side of an image is resized to."
 ShortSide = Annotated[
@@ -107,6 +111,7 @@ def train(
     dataset: Dataset = None,
     root: Root = None,
     workers: Annotated[Number, value(DATA, "N", "Processes that load images.", "0", least=0)] = None,
+    max_pixels: MaxPixels = None,
     preset: Annotated[Text, value(MODEL, "NAME", "tiny, small, base, large or xl.", "tiny")] = None,
     init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
     objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
@@ -144,7 +149,8 @@ def train(
     from flowseg_tools.estimate import cost
 
     options = {
-        "dataset": dataset, "root": root, "num_workers": workers, "preset": preset, "init": init,
+        "dataset": dataset, "root": root, "num_workers": workers, "max_pixels": max_pixels,
+        "preset": preset, "init": init,
         "objective": objective, "recipe": recipe, "max_steps": max_steps, "batch_size": batch_size,
         "crop_size": crop_size, "seed": seed, "save_every": save_every, "dtype": dtype,
         "compile": compile or None, "deterministic": deterministic or None,
@@ -182,6 +188,7 @@ def evaluate(
     root: Root = None,
     split: Annotated[str, value(DATA, "NAME", "training, validation or test.", "validation")] = "validation",
     limit: Limit = None,
+    max_pixels: MaxPixels = None,
     steps: Steps = None,
     short_side: ShortSide = None,
     mode: Mode = "whole",
@@ -200,6 +207,7 @@ def evaluate(
 
     model = load(checkpoint or weights, device)
     data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
+    data.max_pixels = max_pixels or data.max_pixels
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
@@ -277,30 +285,38 @@ def segment(
 @app.command()
 def info(
     what: Annotated[
-        Text, Argument(metavar="[WHAT]", help="A data set or a checkpoint.", show_default=False)
+        Text, Argument(metavar="[WHAT]", help="A data set, checkpoint or run directory.", show_default=False)
     ] = None,
     root: Root = None,
     limit: Limit = None,
+    max_pixels: MaxPixels = None,
+    preview: Annotated[
+        File, value(OUTPUT, "FILE", "Draw images, masks and training crops of a data set.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is here: this machine; a data set, with every problem found; what a checkpoint holds."""
+    """Say what is here: this machine; a data set, with every problem; what a checkpoint or run holds."""
     from data import data_root
 
     if what is None:
         from flowseg_tools.runs import environment, pick_device
 
         facts = environment() | {"device": str(pick_device()), "data root": str(data_root())}
-    elif what.endswith(".safetensors"):
+    elif what.endswith(".safetensors") or (Path(what) / "config.json").is_file():
         from dataclasses import asdict
 
+        from flowseg_tools.runs import newest_checkpoint
         from model import FlowSeg
 
-        model = FlowSeg.load(what)
+        model = FlowSeg.load(newest_checkpoint(Path(what)))
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
-        from flowseg_tools.check import describe
+        from flowseg_tools.check import describe, draw_preview
 
-        facts = describe(what, root, limit)
+        facts = describe(what, root, limit, progress, max_pixels)
+        if preview:
+            draw_preview(what, root, preview)
+            err.print(f"preview: {preview}")
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
     elif "splits" in facts:
@@ -326,9 +342,24 @@ def print_dataset(facts: dict) -> None:
         total = part["ignored"] + sum(part["pixels"])
         ignored = part["ignored"] / max(1, total)
         out.print(f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} ignored")
+    for note in facts["notes"]:
+        out.print(f"note: {note}", style="yellow")
     for problem in facts["problems"]:
         out.print(f"problem: {problem}", style="red")
     out.print(f"problems: {len(facts['problems']) or 'none'}")
+
+
+@app.command()
+def init(
+    folder: Annotated[
+        Path, Argument(metavar="DIR", help="A folder of photos and masks.", show_default=False)
+    ],
+) -> None:
+    """Look at a folder of photos and masks, and draft its dataset.toml."""
+    from flowseg_tools.init import write_draft
+
+    for line in write_draft(folder, progress):
+        out.print(line)
 
 
 @app.command()
@@ -350,6 +381,14 @@ def download(
     from flowseg_tools.download import download
 
     download(name, root, sources or [], sha256, dry_run, keep_archive, quiet)
+
+
+def progress(indices: Iterable[int], title: str) -> Iterable[int]:
+    """Show a bar with a title while somebody watches."""
+    from rich.progress import track
+
+    console = Console(stderr=True, quiet=not err.is_terminal)
+    return track(indices, title, console=console, transient=True)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -386,6 +425,9 @@ def main() -> None:
     sys.path[:] = [own, *(place for place in sys.path if place != own)]
     from flowseg_tools.terminal import Steady, describe_error
 
+    # What Pillow says of a damaged file is said in our own line, which names the file.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     for name in ("stdout", "stderr"):
         setattr(sys, name, Steady(getattr(sys, name)))
     try:

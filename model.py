@@ -747,8 +747,8 @@ class CheckpointInfo:
     """What a checkpoint says besides its weights and their configuration. ValueError: a wrong value."""
 
     classes: tuple[str, ...] = ()  # names in the order of train ids; none: a backbone, which cannot segment
-    ids: tuple[int, ...] = ()  # raw mask value of each class
-    ignore: tuple[int, ...] = ()  # raw mask values that are ignored
+    ids: tuple[int | str, ...] = ()  # raw mask value of each class, a number or a colour "#rrggbb"
+    ignore: tuple[int | str, ...] = ()  # raw mask values that are ignored
     dataset: str = ""  # a name, or the absolute path of a folder
     root: str = ""  # data root of a named data set
     crop_size: int = 0  # side of the training crop; evaluation makes it the short side
@@ -760,11 +760,12 @@ class CheckpointInfo:
     environment: dict = field(default_factory=dict)  # versions and commit
 
     def __post_init__(self):
-        for name, kind in {"classes": str, "ids": int, "ignore": int}.items():
+        for name, kinds in {"classes": (str,), "ids": (int, str), "ignore": (int, str)}.items():
             values = getattr(self, name)
-            good = type(values) in (list, tuple) and all(type(value) is kind for value in values)
+            good = type(values) in (list, tuple) and all(type(value) in kinds for value in values)
             if not good or len(set(values)) < len(values):
-                raise ValueError(f"{name} is {values!r}; expected a list of different {kind.__name__} values")
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{name} is {values!r}; expected a list of different values, {expected}")
             object.__setattr__(self, name, tuple(values))  # JSON has lists only
         if len(self.classes) != len(self.ids):
             raise ValueError(f"{len(self.ids)} ids for {len(self.classes)} classes; expected one each")

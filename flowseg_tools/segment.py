@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from data import MAX_PIXELS, SUFFIXES, PictureError, read_photo
+from data import FOREIGN, MAX_PIXELS, SUFFIXES, PictureError, read_photo, scan
 from flowseg_tools import draw
 from flowseg_tools.predict import Mode, assign_photo, decode, to_input
 from flowseg_tools.runs import replace_text
@@ -84,7 +84,7 @@ def _photos_at(given: Path, output: Path | None) -> dict[Photo, Path]:
         return {given: Path(given.name)}
     if given.is_dir():
         root = given
-        files = list(given.rglob("*"))
+        files = list(scan(given))
         if output:
             made = output.resolve()
             files = [file for file in files if made not in file.resolve().parents]
@@ -95,7 +95,7 @@ def _photos_at(given: Path, output: Path | None) -> dict[Photo, Path]:
     for file in sorted(files):
         name = file.relative_to(root)
         hidden = any(part.startswith(".") for part in name.parts)
-        if file.suffix.lower() in SUFFIXES and not hidden and file.is_file():
+        if file.suffix.lower() in (*SUFFIXES, *FOREIGN) and not hidden and not file.is_dir():
             found[file] = name
     if not found:
         expected = f"file, folder (not -o) or glob of {' '.join(SUFFIXES)}"
@@ -229,8 +229,10 @@ def segment_one(
             _write_mask(file, found.labels, colors, model.info.ids if raw_ids else None)
         else:
             _write_picture(kind, file, photo, found, colors, classes)
-    frames = photo.info.get("frames", 1)
-    note = f"{path}: the first of {frames} frames" if frames > 1 else ""
+    remarks = list(photo.info["remarks"])
+    if photo.info["frames"] > 1:
+        remarks.append(f"the first of {photo.info['frames']} frames")
+    note = f"{path}: {'; '.join(remarks)}" if remarks else ""
     return {"note": note, "classes": classes}
 
 
