@@ -75,6 +75,7 @@ Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, 
 Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results and errors only.", "-q")]
 Json = Annotated[bool, flag(OUTPUT, "--json", "Print the result as JSON.")]
 PHOTOS = "Photos, folders or globs; - reads a photo from stdin."
+WHERE = "Mask of one photo (.png), or a folder."
 WRITE = "Write the result as .json."
 Report = Annotated[
     File,
@@ -223,7 +224,9 @@ def evaluate(
 @app.command()
 def segment(
     paths: Annotated[list[str], Argument(metavar="PATH...", help=PHOTOS, show_default=False)],
-    output: Annotated[Path, value(OUTPUT, "FILE|DIR", "Mask of one photo, or a folder.", "", "--out", "-o")],
+    output: Annotated[
+        File, value(OUTPUT, "FILE|DIR", WHERE, "PHOTO-mask.png beside a single photo", "--out", "-o")
+    ] = None,
     weights: Weights = None,
     steps: Steps = None,
     short_side: ShortSide = None,
@@ -236,6 +239,9 @@ def segment(
     ids: Annotated[
         Literal["train", "raw"], Option(rich_help_panel=OUTPUT, help="Values of the mask.")
     ] = "train",
+    labelmap: Annotated[
+        bool, flag(OUTPUT, "--labelmap", "Also write labelmap.txt for annotation tools.")
+    ] = False,
     as_json: Json = False,
     report: Report = None,
     max_pixels: Annotated[
@@ -247,26 +253,34 @@ def segment(
 ) -> None:
     """Segment photos: a PNG of ids, the size of the upright photo, coloured by the class centroids."""
     from data import MAX_PIXELS
-    from flowseg_tools.segment import find_photos, plan, segment_all, segment_one, tell
-    from flowseg_tools.segment import report as write_report
+    from flowseg_tools import segment as tool
 
-    photos = find_photos(paths, output)
-    single = output.suffix and not output.is_dir()
-    if (single and (output.suffix.lower() != ".png" or len(photos) > 1)) or ("-" in paths and not single):
-        raise BadParameter(f"-o {output} for {len(photos)} photos; expected a .png for one, else a folder")
-    model = load(weights, device)
+    photos, refused = tool.find_photos(paths, output)
+    output, single = tool.choose_output(paths, len(photos), output, labelmap)
     wishes = {
         "overlay.png": overlay, "confidence.png": confidence, "entropy.png": entropy,
         "trajectory.png": trajectory, "trajectory.gif": trajectory,
     }  # fmt: skip
-    planned = plan(photos, output, [kind for kind, wish in wishes.items() if wish], force)
+    kinds = [kind for kind, wish in wishes.items() if wish]
+    tasks = [*tool.plan(photos, output, single, kinds, force, by_stem=labelmap), *refused]
+    tool.check_outputs(tasks, report)
+    model = load(weights, device)
+    if labelmap:
+        tool.write_labelmap(output, model, ids == "raw", force)
     work = partial(
-        segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
+        tool.segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
         raw_ids=ids == "raw", max_pixels=max_pixels or MAX_PIXELS,
     )  # fmt: skip
-    records = tell(segment_all(planned, work), len(photos), out, err, quiet)
-    if report:
-        write_report(report, records)
+    records = []
+    try:
+        # With --json stdout holds nothing else.
+        for record in tool.tell(
+            tool.segment_all(tasks, work), len(tasks), err if as_json else out, err, quiet
+        ):
+            records.append(record)
+    finally:  # of what was done before Ctrl-C, too
+        if report:
+            tool.report(report, records)
     if as_json:
         sys.stdout.write(json.dumps(records, indent=2, allow_nan=False) + "\n")
     raise typer.Exit(int(any(record["state"] == "failed" for record in records)))
@@ -291,7 +305,9 @@ def info(
     elif what.endswith(".safetensors"):
         from dataclasses import asdict
 
-        model = load(Path(what))
+        from model import FlowSeg
+
+        model = FlowSeg.load(Path(what))  # a backbone without classes, too
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
         from flowseg_tools.check import describe

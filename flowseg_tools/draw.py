@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from data import IGNORE, SUFFIXES, PictureError
 
@@ -36,14 +37,13 @@ FRAMES = 24  # frames of an animation between photo and mask
 
 
 def save(
-    path: str | Path,
-    image: Image.Image,
-    suffixes: Iterable[str] = SUFFIXES,
-    frames: Sequence[Image.Image] = (),
-) -> None:
-    """Write a picture in the format of its suffix, whole or not at all; in a GIF, `frames` follow it.
+    path: str | Path, image: Image.Image, suffixes: Iterable[str] = SUFFIXES,
+    frames: Sequence[Image.Image] = (), texts: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Write a picture in the format of its suffix, whole or not at all.
 
-    A suffix that is not in `suffixes`, or a place that cannot be written, is a PictureError.
+    frames: what follows in a GIF. texts: what a PNG says of itself, by keys. A suffix that is not in
+    `suffixes`, or a place that cannot be written, is a PictureError.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -55,6 +55,11 @@ def save(
     if frames:
         durations = [REST_MS, *[FRAME_MS] * (len(frames) - 1), REST_MS]
         options |= {"save_all": True, "append_images": frames, "duration": durations, "loop": 0}
+
+    if texts:
+        options["pnginfo"] = PngInfo()
+        for key, value in texts.items():
+            options["pnginfo"].add_text(key, value)
 
     # The temporary file is in the same folder, because replacing is atomic only within a file system.
     part = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
@@ -70,14 +75,16 @@ def save(
             part.unlink()
 
 
-def write_mask(path: str | Path, labels: np.ndarray, palette: np.ndarray) -> None:
+def write_mask(
+    path: str | Path, labels: np.ndarray, palette: np.ndarray, texts: Mapping[str, str] | None = None
+) -> None:
     """Write ids (H, W) as a PNG: uint8 in mode P with the palette, uint16 as 16-bit grey."""
     assert labels.ndim == 2 and labels.dtype in (np.uint8, np.uint16), f"labels {labels.shape} {labels.dtype}"
     mask = Image.fromarray(labels)
     if labels.dtype == np.uint8:
         every_id = np.arange(256)[None]
         mask.putpalette(colorize(every_id, palette).tobytes())
-    save(path, mask, [".png"])  # other formats may change the values
+    save(path, mask, [".png"], texts=texts)  # other formats may change the values
 
 
 # ---------------------------------------------------------------- colours

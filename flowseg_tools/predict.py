@@ -87,13 +87,13 @@ def assign_photo(
 
 @torch.no_grad()
 def decode(p: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The most probable class (B, H, W) int16 and its probability (B, H, W) at `size` = (H, W).
+    """The most probable class (B, H, W) uint8 and its probability (B, H, W) at `size` = (H, W).
 
     p: (B, N, h, w). It is resized bilinearly, in bands of rows.
     """
     H, W = size
     B, N = p.shape[:2]
-    labels = torch.empty(B, H, W, dtype=torch.int16, device=p.device)
+    labels = torch.empty(B, H, W, dtype=torch.uint8, device=p.device)
     confidence = torch.empty(B, H, W, device=p.device)
     centres_x = _pixel_centres(W, p.device)
     centres_y = _pixel_centres(H, p.device)
@@ -103,7 +103,7 @@ def decode(p: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         grid = grid.expand(B, -1, -1, -1)  # (B, rows, W, 2)
         band = F.grid_sample(p, grid, padding_mode="border", align_corners=False)  # (B, N, rows, W)
         confidence[:, rows], best = band.max(1)
-        labels[:, rows] = best.short()
+        labels[:, rows] = best.byte()
     return labels, confidence
 
 
@@ -130,4 +130,4 @@ def segment_photo(
         steps = model.config.steps
     p = assign_photo(model, photo, short_side, steps, mode, flip)
     labels, confidence = decode(p, photo.size[::-1])
-    return labels[0].byte().cpu().numpy(), confidence[0].cpu().numpy()
+    return labels[0].cpu().numpy(), confidence[0].cpu().numpy()

@@ -13,7 +13,17 @@ from safetensors.torch import load_file, save_file
 
 import data
 import model as method
-from experiments.baselines import Annealed, End, FirstStep, Inverse, Leaky, Linear, Noise, Sqrt, golden_centroids
+from experiments.baselines import (
+    Annealed,
+    End,
+    FirstStep,
+    Inverse,
+    Leaky,
+    Linear,
+    Noise,
+    Sqrt,
+    golden_centroids,
+)
 from flowseg_tools.settings import PRESETS
 from model import (
     CheckpointError,

@@ -178,7 +178,7 @@ def test_decoding_at_the_own_size_is_argmax():
     model = small(11)
     labels = torch.randint(0, 11, (2, 9, 7))
     p = model.soft_assignment(model.encode_labels(labels))
-    assert decode(p, (9, 7))[0].equal(labels.short())
+    assert decode(p, (9, 7))[0].equal(labels.byte())
 
 
 # ---------------------------------------------------------------- the short call
