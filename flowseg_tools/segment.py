@@ -9,7 +9,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from rich.progress import Progress
 from data import FORMATS, MAX_PIXELS, SUFFIXES, PictureError, read_photo
 from flowseg_tools import draw
 from flowseg_tools.predict import Mode, assign_photo, decode, to_input
+from flowseg_tools.report import check_writable
 from flowseg_tools.runs import RunError, replace_text
 from flowseg_tools.terminal import describe_error, printable
 from model import FlowSeg
@@ -228,12 +228,7 @@ def check_outputs(tasks: Sequence[Task], report_file: Path | None) -> None:
             raise RunError(f"--report {report_file} exists and is no report; choose another name")
         folders.add(report_file.parent)
     for folder in folders:
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            raise RunError(f"cannot write into {there} ({error.strerror}); choose another folder") from error
+        check_writable(folder)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -434,7 +429,7 @@ def _compute(
         labels, confidence = (found[0].cpu().numpy() for found in decode(p, size))
         classes = _classes(model, labels, confidence)
         confidence = _grey(confidence)
-        if "entropy.png" in kinds:
+        if kinds & {"entropy.png", "entropy-map.png"}:
             # The largest entropy of N probabilities is ln N. It overwrites p, which is not needed any more.
             share = torch.special.entr(p, out=p).sum(1, keepdim=True) / math.log(p.shape[1])
             entropy = _grey(decode(share, size)[1][0].cpu().numpy())
@@ -495,12 +490,16 @@ def _write_picture(kind: str, file: Path, photo: Image.Image, found: Segmented, 
     match kind:
         case "overlay.png":
             entries = [(row["class"], colors[row["id"]], row["percent"]) for row in found.classes]
-            picture = draw.overlay(photo, found.labels, colors)
-            draw.save(file, draw.with_legend(picture, entries))
+            names = {row["id"]: row["class"] for row in found.classes}
+            draw.save(file, draw.overlay_sheet(photo, found.labels, colors, names, entries))
         case "confidence.png":
             draw.save(file, found.confidence)
+        case "confidence-map.png":
+            draw.save(file, draw.heat(found.confidence, "probability of the class chosen"))
         case "entropy.png":
             draw.save(file, found.entropy)
+        case "entropy-map.png":
+            draw.save(file, draw.heat(found.entropy, "how undecided: 1 if all classes are equally probable"))
         case "trajectory.png":
             steps = len(found.states) - 1
             captions = [f"t = {i / steps:.2f}" for i in range(steps + 1)]
