@@ -455,9 +455,9 @@ def plots(panels: Mapping[str, Mapping], xlabel: str, height: int) -> Image.Imag
     every_line = [line for series in panels.values() for line in series.values()]
     ticks = round_ticks(max(x for line in every_line for x, _ in line))
     for i, (title, series) in enumerate(panels.items()):
-        box = (4 * em, 3 * height * i + 2 * em, 2700 - 4 * em, 3 * height * (i + 1) - 3 * em)
+        box = (4 * em, 3 * height * i + 2 * em, 2700 - 5 * em, 3 * height * (i + 1) - 3 * em)
         _panel(draw, box, title, series, ticks, em)
-    draw.text((2700 - 4 * em, sheet.height - em / 3), xlabel, INK, font(em), anchor="rb")
+    draw.text((2700 - 5 * em, sheet.height - em / 3), xlabel, INK, font(em), anchor="rb")
     return sheet.resize((900, sheet.height // 3), Image.Resampling.LANCZOS)
 
 

@@ -35,7 +35,7 @@ def write_report(
         facts["worst"].append({"image": name, "IoU": iou})
         if target.suffix != ".json":
             truth = dataset.labels.to_train(raw, name)
-            title = f"{Path(name).name}: IoU {iou:.1%}"
+            title = f"{'/'.join(Path(name).parts[-2:])}: IoU {iou:.1%}"
             sheets.append(error_sheet(title, photo, truth, predict(photo)[0], classes, palette))
 
     text = json.dumps(facts, indent=2, allow_nan=False) + "\n"
