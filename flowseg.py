@@ -1,4 +1,4 @@
-"""The `flowseg` command: train, eval, segment, info, download.
+"""The `flowseg` command: train, eval, segment, init, info, download.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 ok, 1 some inputs failed, 2 usage, 3 data,
 4 download, 5 checkpoint, 128 + the number of the signal that ended it. An error is one line; --debug adds the
@@ -6,8 +6,10 @@ traceback. Whatever needs PyTorch is imported inside the command that needs it, 
 """
 
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
@@ -64,6 +66,7 @@ DatasetOf = Annotated[Text, value(DATA, "NAME|DIR", "A data set's name, or a fol
 ROOT = "$FLOWSEG_DATA, else ~/.cache/flowseg"
 Root = Annotated[File, value(DATA, "DIR", "Folder of named data sets and weights.", ROOT)]
 Limit = Annotated[Number, value(DATA, "N", "Most images of a split, evenly spaced.", "all", least=1)]
+MaxPixels = Annotated[Number, value(DATA, "N", "Largest picture that is opened.", "250,000,000", least=1)]
 Steps = Annotated[Number, value(METHOD, "N", "Euler steps.", "the checkpoint's", least=1)]
 SIDE = "Pixels that the short side of an image is resized to."
 ShortSide = Annotated[
@@ -145,6 +148,7 @@ def train(
     dataset: Dataset = None,
     root: Root = None,
     workers: Annotated[Number, value(DATA, "N", "Processes that load images.", "0", least=0)] = None,
+    max_pixels: MaxPixels = None,
     preset: Annotated[Text, value(MODEL, "NAME", "tiny, small, base, large or xl.", "tiny")] = None,
     init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
     objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
@@ -182,7 +186,7 @@ def train(
     from flowseg_tools.estimate import cost
 
     options = {
-        "dataset": dataset, "root": root, "num_workers": workers, "preset": preset, "init": init,
+        "dataset": dataset, "root": root, "num_workers": workers, "preset": preset, "init": init, "max_pixels": max_pixels,
         "objective": objective, "recipe": recipe, "max_steps": max_steps, "batch_size": batch_size,
         "crop_size": crop_size, "seed": seed, "save_every": save_every, "dtype": dtype,
         "compile": compile or None, "deterministic": deterministic or None,
@@ -220,6 +224,7 @@ def evaluate(
     root: Root = None,
     split: Annotated[str, value(DATA, "NAME", "training, validation or test.", "validation")] = "validation",
     limit: Limit = None,
+    max_pixels: MaxPixels = None,
     steps: Steps = None,
     short_side: ShortSide = None,
     mode: Mode = "whole",
@@ -251,6 +256,7 @@ def evaluate(
         check_writable(report.parent if report.suffix else report)
     model = load(checkpoint or weights, device)
     data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
+    data.max_pixels = max_pixels or data.max_pixels
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
@@ -347,20 +353,24 @@ def segment(
 @app.command()
 def info(
     what: Annotated[
-        Text, Argument(metavar="[WHAT]", help="A data set or a checkpoint.", show_default=False)
+        Text, Argument(metavar="[WHAT]", help="A data set, checkpoint or run directory.", show_default=False)
     ] = None,
     root: Root = None,
     limit: Limit = None,
+    max_pixels: MaxPixels = None,
+    preview: Annotated[
+        File, value(OUTPUT, "FILE", "Draw images, masks and training crops of a data set.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is here: this machine; a data set, with every problem found; what a checkpoint holds."""
+    """Say what is here: this machine; a data set, with every problem found; what a checkpoint or run holds."""
     from data import data_root
 
     if what is None:
         from flowseg_tools.runs import environment, pick_device
 
         facts = environment() | {"device": str(pick_device()), "data root": str(data_root())}
-    elif what.endswith(".safetensors"):
+    elif what.endswith(".safetensors") or (Path(what) / "config.json").is_file():
         from dataclasses import asdict
 
         from model import FlowSeg
@@ -368,9 +378,12 @@ def info(
         model = FlowSeg.load(Path(what))  # a backbone without classes, too
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
-        from flowseg_tools.check import describe
+        from flowseg_tools.check import describe, draw_preview
 
-        facts = describe(what, root, limit)
+        facts = describe(what, root, limit, progress, max_pixels)
+        if preview:
+            draw_preview(what, root, preview)
+            err.print(f"preview: {preview}")
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
     elif "splits" in facts:
@@ -396,9 +409,24 @@ def print_dataset(facts: dict) -> None:
         total = part["ignored"] + sum(part["pixels"])
         ignored = part["ignored"] / max(1, total)
         out.print(f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} ignored")
+    for note in facts["notes"]:
+        out.print(f"note: {note}", style="yellow")
     for problem in facts["problems"]:
         out.print(f"problem: {problem}", style="red")
     out.print(f"problems: {len(facts['problems']) or 'none'}")
+
+
+@app.command()
+def init(
+    folder: Annotated[
+        Path, Argument(metavar="DIR", help="A folder of photos and masks.", show_default=False)
+    ],
+) -> None:
+    """Look at a folder of photos and masks, and draft its dataset.toml."""
+    from flowseg_tools.init import write_draft
+
+    for line in write_draft(folder, progress):
+        out.print(line)
 
 
 @app.command()
@@ -420,6 +448,14 @@ def download(
     from flowseg_tools.download import download
 
     download(name, root, sources or [], sha256, dry_run, keep_archive, quiet)
+
+
+def progress(indices: Iterable[int], title: str) -> Iterable[int]:
+    """Show a bar with a title while somebody watches."""
+    from rich.progress import track
+
+    console = Console(stderr=True, quiet=not err.is_terminal)
+    return track(indices, title, console=console, transient=True)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -456,6 +492,9 @@ def main() -> None:
     sys.path[:] = [own, *(place for place in sys.path if place != own)]
     from flowseg_tools.terminal import Steady, describe_error
 
+    # What Pillow says of a damaged file is said in our own line, which names the file.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     sys.stdout = Steady(sys.stdout)
     sys.stderr = Steady(sys.stderr)
     try:

@@ -718,8 +718,8 @@ class CheckpointInfo:
     """What a checkpoint says besides its weights and their configuration. ValueError: a wrong value."""
 
     classes: tuple[str, ...] = ()  # names in the order of train ids; none: a backbone, which cannot segment
-    ids: tuple[int, ...] = ()  # raw mask value of each class
-    ignore: tuple[int, ...] = ()  # raw mask values that are ignored
+    ids: tuple[int | str, ...] = ()  # raw mask value of each class, a number or a colour "#rrggbb"
+    ignore: tuple[int | str, ...] = ()  # raw mask values that are ignored
     dataset: str = ""  # a name, or the absolute path of a folder
     root: str = ""  # data root of a named data set
     crop_size: int = 0  # side of the training crop; evaluation makes it the short side
@@ -731,10 +731,11 @@ class CheckpointInfo:
     environment: dict = field(default_factory=dict)  # versions and commit
 
     def __post_init__(self):
-        for name, kind in {"classes": str, "ids": int, "ignore": int}.items():
+        for name, kinds in {"classes": (str,), "ids": (int, str), "ignore": (int, str)}.items():
             values = getattr(self, name)
-            if type(values) not in (list, tuple) or any(type(value) is not kind for value in values):
-                raise ValueError(f"{name} is {values!r}; expected a list of {kind.__name__}")
+            if type(values) not in (list, tuple) or any(type(value) not in kinds for value in values):
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{name} is {values!r}; expected a list of {expected}")
             object.__setattr__(self, name, tuple(values))
         if len(self.classes) != len(set(self.classes)) or len(self.classes) != len(set(self.ids)):
             raise ValueError("classes and ids are not different, or not one id a class")

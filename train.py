@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import IGNORE, FolderDataset, ShapesDataset, Stream, evenly_spaced, open_dataset
+from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced, open_dataset
 from flowseg_tools import records, runs
+from flowseg_tools.check import before_training
 from flowseg_tools.dinov2 import Alignment
 from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.pretrained import start_from
@@ -37,7 +38,6 @@ from flowseg_tools.runs import RunError, process, summed
 from flowseg_tools.settings import command_for, resolve_as
 from model import FlowSeg, ModelConfig, check_ranges, draw_random, weights_hash
 
-Dataset = FolderDataset | ShapesDataset
 MOST_FAILURES = 10  # steps in a row without a finite gradient
 
 
@@ -68,6 +68,7 @@ class TrainConfig:
     save_every: int = 200
     log_every: int = 25
     num_workers: int = 0  # processes that load images
+    max_pixels: int = MAX_PIXELS  # the largest picture that is opened
     dtype: str = "auto"  # of the network's arithmetic; auto: bfloat16 on CUDA, float32 elsewhere
     compile: bool = False  # torch.compile the network
     activation_checkpointing: bool = False  # recompute activations in the backward pass: slower, far smaller
@@ -84,6 +85,7 @@ TRAIN_RANGES = {  # lowest and highest value of every number, or all words that 
     "crop_size": (1, 2**16), "lr": (0.0, 1e30), "warmup_steps": (0, 10**9), "weight_decay": (0.0, 1e3),
     "grad_clip": (1e-12, 1e30), "ema_decay": (0.0, 1.0), "repa_depth": (1, 1000), "repa_weight": (0.0, 1e6),
     "eval_every": COUNT, "save_every": COUNT, "log_every": COUNT, "num_workers": (0, 1024),
+    "max_pixels": (1, 10**12),
     "dtype": ("auto", "float32", "bfloat16"), "optimizer": ("adamw", "muon"),
 }  # fmt: skip
 
@@ -357,6 +359,10 @@ class Run:
         torch.use_deterministic_algorithms(config.deterministic)
         self.data = open_dataset(config.dataset, "training", config.root)
         self.held_out = open_dataset(config.dataset, "validation", config.root)
+        for part in (self.data, self.held_out):
+            part.max_pixels = config.max_pixels
+        loud = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=self.rank > 0)
+        before_training([self.data, self.held_out], loud.print)  # what is wrong with data is never quiet
 
         # The network, from random weights or from others; alignment is trained with it, but not exported.
         torch.manual_seed(config.seed)

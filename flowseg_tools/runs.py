@@ -32,7 +32,7 @@ CONFIG = "config.json"
 STATE_FORMAT = "flowseg-state-2"
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAVE = getattr(signal, "SIGUSR1", None)  # save now and go on; Windows has none
-MAY_GROW = "max_steps"  # the one setting that a later call may raise
+MAY_GROW = ("max_steps", "max_pixels")  # settings that a later call may raise
 
 
 Optimizers = list[torch.optim.Optimizer]
@@ -67,7 +67,7 @@ def check(folder: Path, config: dict[str, dict], allow_changes: bool) -> list[st
                 if before == value:
                     continue
                 changes.append(f"{name} was {before!r}, now {value!r}")
-                if name != MAY_GROW or value < before:
+                if name not in MAY_GROW or value < before:
                     refused.append(changes[-1])
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__

@@ -26,7 +26,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from data import FORMATS, MAX_PIXELS, SUFFIXES, PictureError, read_photo
+from data import FOREIGN, FORMATS, MAX_PIXELS, SUFFIXES, PictureError, read_photo, scan
 from flowseg_tools import draw
 from flowseg_tools.predict import Mode, assign_photo, decode, to_input
 from flowseg_tools.report import check_writable
@@ -39,9 +39,7 @@ NETWORK = Lock()  # one photo at a time: the network uses all cores by itself
 PIXELS_IN_HAND = MAX_PIXELS  # of all photos that are worked on at a time: about 16 bytes each
 BAND_ROWS = 256  # rows of a photo whose pixels are counted or converted at a time
 SIGNATURE = "photo"  # the key of the text in a mask that tells which photo it was made from
-# Folders of other programs, and pictures that Pillow cannot read: those are named rather than passed over.
-THUMBNAILS = ("@eaDir", "__MACOSX")
-PICTURES = {*SUFFIXES, ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".dng", ".cr2", ".nef", ".arw"}
+PICTURES = {*SUFFIXES, *FOREIGN}  # what cannot be read is named rather than passed over
 
 
 class Task(NamedTuple):
@@ -76,7 +74,7 @@ def find_photos(
     were made from its photos before and are left out. PictureError: nothing was found.
     """
     found: dict[Photo, Path] = {}
-    refused: list[Task] = []
+    refused: dict[Path, str] = {}
     for given in paths:
         names: dict[Photo, Path] = {"-": Path("stdin")}
         if given != "-":
@@ -86,24 +84,25 @@ def find_photos(
             raise PictureError(f"no photo at {given}; expected {expected}")
         for photo, name in names.items():
             found.setdefault(photo, name)
-    return list(found.items()), refused
+    tasks = [Task(place, place, {}, f"{place}: cannot be listed ({why})") for place, why in refused.items()]
+    return list(found.items()), tasks
 
 
-def _photos_at(given: Path, output: Path | None, refused: list[Task]) -> dict[Photo, Path]:
+def _photos_at(given: Path, output: Path | None, refused: dict[Path, str]) -> dict[Photo, Path]:
     """Photos of a file, a folder or a glob; their paths begin below the folder, or the glob's fixed part."""
     if given.is_file():  # asked for by name, so whatever its suffix is
         return {given: Path(given.name)}
     root = next(folder for folder in (given, *given.parents) if folder.is_dir())
     pattern = given.relative_to(root).parts
     if not pattern or "**" in pattern:
-        files = files_below(root, refused)
+        files = scan(root, refused)
         if pattern:
             files = [file for file in files if _matches(file.relative_to(root).parts, pattern)]
     else:
-        files = [Path(file) for file in sorted(glob(str(given))) if os.path.isfile(file)]
+        files = [Path(file) for file in glob(str(given)) if os.path.isfile(file)]
     made = output.resolve() if output else None
     found = {}
-    for file in files:
+    for file in sorted(files):
         visible = file.suffix.lower() in PICTURES and not file.name.startswith(".")
         if visible and made not in file.resolve().parents:
             found[file] = file.relative_to(root)
@@ -117,37 +116,6 @@ def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     if pattern[0] == "**":
         return any(_matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
-
-
-def files_below(folder: Path, refused: list[Task]) -> list[Path]:
-    """Regular files below a folder, in order; what cannot be listed is appended to `refused`.
-
-    Links are followed, but no folder is entered twice. Hidden files and folders of thumbnails are left out.
-    """
-    found = []
-    entered = set()
-    waiting = [folder]
-    while waiting:
-        place = waiting.pop()
-        try:
-            identity = _identity(place)
-            if identity in entered:
-                continue
-            entered.add(identity)
-            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
-        except OSError as error:
-            refused.append(Task(place, place, {}, f"{place}: cannot be listed ({error.strerror})"))
-            continue
-        folders = []
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name in THUMBNAILS:
-                continue
-            if os.path.isdir(entry.path):
-                folders.append(Path(entry.path))
-            elif os.path.isfile(entry.path):
-                found.append(Path(entry.path))
-        waiting += reversed(folders)
-    return sorted(found)
 
 
 # ---------------------------------------------------------------- what each photo gets
@@ -196,7 +164,7 @@ def plan(
     files of other `kinds` begin with the mask's. Files that exist are made again only by `force`, and photos
     never.
     """
-    originals = {_identity(photo) for photo, _ in photos if photo != "-"}
+    originals = {_identity(photo) for photo, _ in photos if os.path.exists(photo)}
     makers: dict[Path, Photo] = {}
     for photo, name in photos:
         mask = output if single else output / mask_name(name, by_stem)
@@ -412,8 +380,10 @@ def segment_one(
             _write_mask(file, found.labels, colors, ids, signature(source))
         else:
             _write_picture(kind, file, photo, found, colors)
-    frames = photo.info.get("frames", 1)
-    note = f"{path}: the first of {frames} frames" if frames > 1 else ""
+    remarks = list(photo.info["remarks"])
+    if photo.info["frames"] > 1:
+        remarks.append(f"the first of {photo.info['frames']} frames")
+    note = f"{path}: {'; '.join(remarks)}" if remarks else ""
     return {"note": note, "classes": found.classes}
 
 
