@@ -29,6 +29,7 @@ SPLITS = ("training", "validation", "test")
 TABLES_DIR = Path(__file__).parent / "flowseg_tools/tables/labels"
 TABLES = {path.stem: path for path in sorted(TABLES_DIR.glob("*.toml"))}
 KEYS = {"name": "", "classes": [], "ids": [], "ignore": [], "splits": [], "validation": 0.0,
+        "colors": [], "clear": [],
         "images": "images/{split}/*", "masks": "annotations/{split}/*"}  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no other decoder ever sees a user's bytes
 SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {
@@ -83,6 +84,8 @@ class LabelTable:
     classes: tuple[str, ...]  # names in train-id order
     ids: tuple[int | str, ...]  # raw value of each class: all numbers in 0..65535, or all colours "#rrggbb"
     ignore: tuple[int | str, ...]  # raw values that become 255
+    colors: tuple[str, ...] = ()  # of the classes in pictures; none: those of the centroids
+    clear: tuple[str, ...] = ()  # classes that overlays leave as they are
 
     @property
     def colours(self) -> bool:
@@ -159,7 +162,17 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
         right = (number or colour) and type(value) is type(raw[0])
         _require(right, f"ids or ignore has {value!r}; expected all in 0..65535, or all such as '#00ff80'")
         _require(raw.count(value) == 1, f"ids and ignore have {value!r} {raw.count(value)} times; keep one")
-    return keys, LabelTable(tuple(keys["classes"]), tuple(raw[:N]), tuple(raw[N:]))
+
+    # For pictures: the colours of classes, and classes that overlays leave as they are.
+    colors = [color.lower() if isinstance(color, str) else "" for color in keys["colors"]]
+    right = len(colors) in (0, N) and all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
+    _require(right, f"colors is {keys['colors']!r}; expected one for each of {N} classes, such as '#00ff80'")
+    for name in keys["clear"]:
+        known = f"expected names of classes{nearest(str(name), keys['classes'])}"
+        _require(name in keys["classes"], f"clear has {name!r}; {known}")
+    return keys, LabelTable(
+        tuple(keys["classes"]), tuple(raw[:N]), tuple(raw[N:]), tuple(colors), tuple(keys["clear"])
+    )
 
 
 # ---- pictures ----

@@ -267,7 +267,7 @@ def evaluate(
 
     facts = scores_of(metrics, data.labels.classes) | {"protocol": protocol}
     if report:
-        palette = draw.palette(model.centroids.cpu().numpy())
+        palette = draw.palette(model.centroids.cpu().numpy(), data.labels.colors)
         predict = partial(segment_photo, model, short_side=short_side, steps=steps, mode=mode, flip=flip)
         write_report(report, facts, metrics, data, palette, predict, worst)
         note_missing_letters(data.labels.classes)

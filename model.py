@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -705,6 +706,7 @@ class Network(nn.Module):
 # 5 Files: weights as .safetensors, with metadata as JSON strings -----------------------------------------
 
 FORMAT = "flowseg-2"
+HEX_COLOR = re.compile("#[0-9a-f]{6}")
 
 
 class CheckpointError(Exception):
@@ -720,6 +722,8 @@ class CheckpointInfo:
     classes: tuple[str, ...] = ()  # names in the order of train ids; none: a backbone, which cannot segment
     ids: tuple[int | str, ...] = ()  # raw mask value of each class, a number or a colour "#rrggbb"
     ignore: tuple[int | str, ...] = ()  # raw mask values that are ignored
+    colors: tuple[str, ...] = ()  # "#rrggbb" of each class in pictures; none: those of the centroids
+    clear: tuple[str, ...] = ()  # classes that overlays leave as they are
     dataset: str = ""  # a name, or the absolute path of a folder
     root: str = ""  # data root of a named data set
     crop_size: int = 0  # side of the training crop; evaluation makes it the short side
@@ -731,7 +735,8 @@ class CheckpointInfo:
     environment: dict = field(default_factory=dict)  # versions and commit
 
     def __post_init__(self):
-        for name, kinds in {"classes": (str,), "ids": (int, str), "ignore": (int, str)}.items():
+        for name in ("classes", "ids", "ignore", "colors", "clear"):
+            kinds = (int, str) if name in ("ids", "ignore") else (str,)
             values = getattr(self, name)
             if type(values) not in (list, tuple) or any(type(value) not in kinds for value in values):
                 expected = " or ".join(kind.__name__ for kind in kinds)
@@ -739,6 +744,9 @@ class CheckpointInfo:
             object.__setattr__(self, name, tuple(values))
         if len(self.classes) != len(set(self.classes)) or len(self.classes) != len(set(self.ids)):
             raise ValueError("classes and ids are not different, or not one id a class")
+        words = [value for value in (*self.ids, *self.ignore, *self.colors) if isinstance(value, str)]
+        if len(self.colors) not in (0, len(self.classes)) or not all(map(HEX_COLOR.fullmatch, words)):
+            raise ValueError(f"{words} are not colours '#rrggbb', or not one for each class")
         for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind.__name__}")

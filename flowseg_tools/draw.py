@@ -134,10 +134,21 @@ def write_mask(
 # ---------------------------------------------------------------- colours
 
 
-def palette(centroids: np.ndarray) -> np.ndarray:
-    """Colours 127.5 (mu + 1), (N, 3) uint8, of the first three coordinates of the centroids (N, dims)."""
+def palette(centroids: np.ndarray, colors: Sequence[str] = ()) -> np.ndarray:
+    """The colour of each class, (N, 3) uint8: the "#rrggbb" that a data set gives, or 127.5 (mu + 1).
+
+    centroids: (N, dims), of which the first three coordinates count.
+    """
+    if colors:
+        return np.array([list(bytes.fromhex(color[1:])) for color in colors], np.uint8)
     first = np.asarray(centroids)[None, :, :3]
     return np.asarray(state_image(first))[0]
+
+
+def clear_ids(classes: Sequence[str], clear: Collection[str] = ()) -> set[int]:
+    """Train ids of what overlays leave as it is: classes in `clear`, or called background."""
+    bare = {*clear, "background", "_background_"}
+    return {k for k, name in enumerate(classes) if name in bare or name.lower() in bare}
 
 
 def state_image(x: np.ndarray) -> Image.Image:
@@ -381,28 +392,31 @@ def save_animation(path: str | Path, states: Sequence[np.ndarray]) -> None:
 
 
 def grid(tiles: Sequence[Image.Image], captions: Sequence[str], columns: int, title: str = "") -> Image.Image:
-    """Pictures in the middle of equal tiles, each under its caption."""
+    """Pictures in the middle of equal tiles, each under its caption, if it has one."""
     width = max(tile.width for tile in tiles)
     height = max(tile.height for tile in tiles)
     gap = int(np.clip(width / 18, 12, 40))
-    face = font(gap)
     line = round(1.6 * gap)
-    top = round(1.4 * line) if title else 0
+    face = font(gap)
+    captions = [*captions, *[""] * (len(tiles) - len(captions))]
+    step = gap + max(width, math.ceil(_text_width(face, captions)))
 
-    dx = gap + max(width, math.ceil(_text_width(face, captions)))
-    dy = gap + height + line
-    rows = math.ceil(len(tiles) / columns)
-    sheet = Image.new("RGB", (columns * dx - gap, top + rows * dy - gap), PAPER)
+    # A row without a caption has no line for it.
+    tops = [round(1.4 * line) if title else 0]
+    for first in range(0, len(tiles), columns):
+        head = line if any(captions[first : first + columns]) else 0
+        tops.append(tops[-1] + head + height + gap)
+    sheet = Image.new("RGB", (columns * step - gap, tops[-1] - gap), PAPER)
+
     draw = ImageDraw.Draw(sheet)
     draw.text((0, 0), shorten(title, font(1.2 * gap), sheet.width), INK, font(1.2 * gap))
-    for k, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
-        row, column = divmod(k, columns)
-        x = column * dx
-        y = top + row * dy
-        draw.text((x, y), caption, INK, face)
+    for k, tile in enumerate(tiles):
+        x = k % columns * step
+        draw.text((x, tops[k // columns]), captions[k], INK, face)
+        y = tops[k // columns + 1] - gap - height
         if tile.size != (width, height):
-            draw.rectangle((x, y + line, x + width - 1, y + line + height - 1), TILE)
-        sheet.paste(tile, (x + (width - tile.width) // 2, y + line + (height - tile.height) // 2))
+            draw.rectangle((x, y, x + width - 1, y + height - 1), TILE)
+        sheet.paste(tile, (x + (width - tile.width) // 2, y + (height - tile.height) // 2))
     return sheet
 
 

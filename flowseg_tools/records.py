@@ -95,9 +95,10 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
     scores = metrics.scores if metrics else {}
     table = run.data.labels
     facts = {
-        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "dataset": config.dataset,
-        "root": config.root, "crop_size": config.crop_size, "step": run.step,
-        "protocol": protocol or {}, "environment": environment(), **scores,
+        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "colors": table.colors,
+        "clear": table.clear, "dataset": config.dataset, "root": config.root,
+        "crop_size": config.crop_size, "step": run.step, "protocol": protocol or {},
+        "environment": environment(), **scores,
     }  # fmt: skip
     run.ema.save(run.folder / "last.safetensors", **facts)
     if metrics is None:
@@ -114,7 +115,7 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
         iou = metrics.images.get(i, math.nan)
         notes.append("" if math.isnan(iou) else f"IoU {iou:.0%}")
     title = f"step {run.step:,}: validation mIoU {scores['mIoU']:.1%}"
-    palette = draw.palette(run.ema.centroids.cpu().numpy())
+    palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
     draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
     draw.save(run.folder / "curves.png", draw.training_curves(run.log.lines()))
 

@@ -227,9 +227,9 @@ def _header(file: Photo) -> tuple[int, str, dict]:
 
 
 def _is_photo(file: Path) -> bool:
-    """Whether a file is a picture in colours without a palette, which no mask is."""
-    pixels, mode, _ = _header(file)
-    return pixels > 0 and mode not in ("1", "L", "P", "I", "I;16")
+    """Whether a file is a picture in colours that is none of our masks."""
+    pixels, mode, texts = _header(file)
+    return pixels > 0 and mode not in ("1", "L", "P", "I", "I;16") and SIGNATURE not in texts
 
 
 def _made_from_another(task: Task) -> bool:
@@ -372,14 +372,15 @@ def segment_one(
     source = sys.stdin.buffer.read() if path == "-" else path
     photo = read_photo(source, max_pixels)
     found = _compute(model, photo, short_side, steps, mode, flip, files.keys())
-    colors = draw.palette(model.centroids.cpu().numpy())
+    colors = draw.palette(model.centroids.cpu().numpy(), model.info.colors)
+    clear = draw.clear_ids(model.info.classes, model.info.clear)
     for kind, file in files.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         if kind == "mask":
             ids = model.info.ids if raw_ids else range(len(colors))
             _write_mask(file, found.labels, colors, ids, signature(source))
         else:
-            _write_picture(kind, file, photo, found, colors)
+            _write_picture(kind, file, photo, found, colors, clear)
     remarks = list(photo.info["remarks"])
     if photo.info["frames"] > 1:
         remarks.append(f"the first of {photo.info['frames']} frames")
@@ -427,13 +428,17 @@ def _classes(model: FlowSeg, labels: np.ndarray, confidence: np.ndarray) -> list
 
 def write_labelmap(folder: Path, model: FlowSeg, raw_ids: bool, force: bool) -> None:
     """Write which colour is which class into labelmap.txt, as annotation tools read it."""
-    if raw_ids and max(model.info.ids) > 255:
+    info = model.info
+    colors = info.colors
+    if raw_ids and isinstance(info.ids[0], str):
+        colors = info.ids
+    elif raw_ids and max(info.ids) > 255:
         raise RunError(
             "--labelmap with --ids raw: ids over 255 have no colour in a mask; leave out --ids raw"
         )
     lines = ["# label:color_rgb:parts:actions"]
-    colors = draw.palette(model.centroids.cpu().numpy()).tolist()
-    for name, color in zip(model.info.classes, colors, strict=True):
+    palette = draw.palette(model.centroids.cpu().numpy(), colors).tolist()
+    for name, color in zip(info.classes, palette, strict=True):
         if ":" in name or not name.isprintable():
             raise RunError(f"--labelmap: labelmap.txt cannot hold the class name {name!r}; leave it out")
         lines.append(f"{name}:{','.join(map(str, color))}::")
@@ -446,22 +451,28 @@ def write_labelmap(folder: Path, model: FlowSeg, raw_ids: bool, force: bool) -> 
 
 
 def _write_mask(
-    file: Path, labels: np.ndarray, colors: np.ndarray, ids: Sequence[int], made_from: str
+    file: Path, labels: np.ndarray, colors: np.ndarray, ids: Sequence[int | str], made_from: str
 ) -> None:
-    """Write the value ids[k] of every class k, in the colours of the classes."""
+    """Write the value ids[k] of every class k: a number in the colour of its class, or a colour."""
+    texts = {SIGNATURE: made_from}
+    if isinstance(ids[0], str):
+        draw.save(file, draw.colorize(labels, draw.palette(colors, ids)), [".png"], texts=texts)
+        return
     values = np.array(ids, dtype=np.min_scalar_type(max(ids)))
     shades = np.zeros((max(ids) + 1, 3), np.uint8)
     shades[values] = colors
-    draw.write_mask(file, values[labels], shades, {SIGNATURE: made_from})
+    draw.write_mask(file, values[labels], shades, texts)
 
 
-def _write_picture(kind: str, file: Path, photo: Image.Image, found: Segmented, colors: np.ndarray) -> None:
+def _write_picture(
+    kind: str, file: Path, photo: Image.Image, found: Segmented, colors: np.ndarray, clear: Set[int]
+) -> None:
     """Draw and write one of the pictures that can go beside a mask."""
     match kind:
         case "overlay.png":
             entries = [(row["class"], colors[row["id"]], row["percent"]) for row in found.classes]
             names = {row["id"]: row["class"] for row in found.classes}
-            draw.save(file, draw.overlay_sheet(photo, found.labels, colors, names, entries))
+            draw.save(file, draw.overlay_sheet(photo, found.labels, colors, names, entries, clear))
         case "confidence.png":
             draw.save(file, found.confidence)
         case "confidence-map.png":

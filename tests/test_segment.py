@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data import PictureError
+from data import DataError, PictureError, open_dataset
 from flowseg_tools import segment
 from flowseg_tools.predict import assign_photo, segment_photo
 from flowseg_tools.segment import find_photos
-from model import FlowSeg, ModelConfig
+from model import CheckpointInfo, FlowSeg, ModelConfig
 from tests.test_cli import fails, flowseg
 
 NAMES = ["left", "right", "top"]
@@ -443,6 +443,63 @@ def test_labelmap_says_which_colour_is_which_class_and_names_masks_as_tools_expe
     model.save(here.folder / "w.safetensors", classes=["b", "c", "d"], ids=[0, 1, 2], crop_size=32)
     fails(here.segment("a.png", "-o", "out", "--labelmap"), 2, "labelmap.txt", "--force")
     assert here.segment("a.png", "-o", "out", "--labelmap", "--force").returncode == 0
+
+
+COLORS = ("#ff0000", "#00ff00", "#0000ff")
+
+
+def test_a_data_set_gives_the_colours_and_the_classes_that_stay_clear(here, model):
+    PHOTO.save(here.folder / "a.jpg")
+    facts = {"classes": NAMES, "ids": [0, 1, 2], "crop_size": 32, "colors": COLORS}
+    model.save(here.folder / "w.safetensors", **facts, clear=NAMES)
+    here.segment("a.jpg", "-o", "out", "--overlay", "--labelmap")
+    mask = Image.open(here.folder / "out" / "a.png")
+    assert mask.getpalette()[:9] == [255, 0, 0, 0, 255, 0, 0, 0, 255]
+    assert "right:0,255,0::" in (here.folder / "out" / "labelmap.txt").read_text()
+    bare = np.asarray(Image.open(here.folder / "out" / "a-overlay.png")).astype(int)
+    model.save(here.folder / "w.safetensors", **facts)
+    here.segment("a.jpg", "-o", "out", "--overlay", "--labelmap", "--force")
+    painted = np.asarray(Image.open(here.folder / "out" / "a-overlay.png")).astype(int)
+    same = (bare == painted).all(-1)
+    assert bare.shape == painted.shape and 0.05 < same.mean() < 0.9
+
+    for wrong in (COLORS[:2], ["red", *COLORS[1:]]):
+        with pytest.raises(ValueError, match="colours"):
+            CheckpointInfo(**facts | {"colors": wrong})
+
+
+def test_raw_ids_that_are_colours_give_a_mask_of_colours(here, model):
+    PHOTO.save(here.folder / "a.jpg")
+    model.save(here.folder / "w.safetensors", classes=NAMES, ids=COLORS, crop_size=32)
+    here.segment("a.jpg", "-o", "train.png")
+    labels = np.asarray(Image.open(here.folder / "train.png"))
+    table = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+    for force in ([], ["--force"]):
+        assert here.segment("a.jpg", "-o", "raw.png", "--ids", "raw", *force).returncode == 0
+        assert np.array_equal(np.asarray(Image.open(here.folder / "raw.png")), table[labels])
+
+
+def test_colours_of_a_dataset_toml_are_checked(tmp_path):
+    for kind in ("images", "annotations"):
+        for split in ("training", "validation"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            PHOTO.convert("L").point(lambda _: 0).save(tmp_path / kind / split / "a.png")
+    toml = tmp_path / "dataset.toml"
+    toml.write_text('classes = ["sky", "road"]\ncolors = ["#0000FF", "#808080"]\nclear = ["sky"]\n')
+    table = open_dataset(str(tmp_path), "training").labels
+    assert (table.colors, table.clear) == (("#0000ff", "#808080"), ("sky",))
+    wrong = {
+        'colors = ["#0000ff"]': "2 classes",
+        'colors = ["blue", "grey"]': "#00ff80",
+        "colors = [1, 2]": "#00ff80",
+        'clear = ["ski"]': "sky",
+        "clear = [0]": "names",
+    }
+    for line, words in wrong.items():
+        toml.write_text(f'classes = ["sky", "road"]\n{line}\n')
+        with pytest.raises(DataError, match=r"dataset\.toml") as caught:
+            open_dataset(str(tmp_path), "training")
+        assert words in str(caught.value) and line.split()[0] in str(caught.value)
 
 
 @pytest.mark.parametrize(
