@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from importlib import import_module
 from io import BytesIO
@@ -96,14 +97,19 @@ class LabelTable:
         """The numbers of ids, then of ignore; that of the colour "#rrggbb" is 0xRRGGBB."""
         return np.array([int(str(raw).replace("#", "0x"), 0) for raw in self.ids + self.ignore])
 
+    @cached_property
+    def _lookup(self) -> np.ndarray:
+        """Train id + 1 of every number, or 0 where the table has none."""
+        lookup = np.zeros(1 << 24 if self.colours else 1 << 16, np.uint16)
+        lookup[self.values] = IGNORE + 1
+        lookup[self.values[: len(self.ids)]] = np.arange(len(self.ids)) + 1
+        return lookup
+
     def to_train(self, raw: np.ndarray, where: str) -> np.ndarray:
         """Map (H, W) raw numbers to (H, W) uint8 train ids; DataError names `where` and an unknown value."""
-        values = self.values
-        lookup = np.zeros(1 << 24 if self.colours else 1 << 16, np.uint16)  # train id + 1, or 0: unknown
-        lookup[values] = IGNORE + 1
-        lookup[values[: len(self.ids)]] = np.arange(len(self.ids)) + 1
-        if raw.min() >= 0 and raw.max() < len(lookup) and (labels := lookup[raw]).all():
+        if raw.min() >= 0 and raw.max() < len(self._lookup) and (labels := self._lookup[raw]).all():
             return (labels - 1).astype(np.uint8)
+        values = self.values
         value = np.setdiff1d(raw, values)[0]
         known = f"{min(values)}..{max(values)}"
         if self.colours:  # red, green and blue are compared, 8 bits each
@@ -132,13 +138,9 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
             different = all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
             _require(different, f"{key} is {value!r}; expected a list of different strings")
     keys = KEYS | given
-
     for key in ("images", "masks"):
-        stars = keys[key].count("*")
-        _require(
-            stars > 0 and stars == keys["images"].count("*"),
-            f"{key} is {keys[key]!r}; expected a pattern with *",
-        )
+        starred = keys[key].count("*") == keys["images"].count("*") > 0
+        _require(starred, f"{key} is {keys[key]!r}; expected a pattern with *, as many as images has")
 
     # The test split is optional. A share for validation is taken out of the training split.
     share = keys["validation"]
@@ -288,15 +290,13 @@ def _stored(image: Image.Image, colours: bool) -> np.ndarray | str:
     if image.mode not in ("1", "L", "P", "RGB") and (colours or image.mode not in ("I", "I;16", "I;16B")):
         return f"in mode {image.mode}; save masks as 8-bit PNG, in RGB if ids are colours"
 
-    values = np.asarray(image)
     if colours:  # those that are shown, whether pixel by pixel, by a palette or as grey
         packed = np.frombuffer(image.convert("RGB").tobytes("raw", "BGRX"), "<u4")
-        values = packed.reshape(image.height, image.width)
-    elif image.mode == "RGB":
+        return packed.reshape(image.height, image.width)
+    values = np.asarray(image)
+    if image.mode == "RGB":
         if (values != values[..., :1]).any():
-            return (
-                "of colours, but ids are numbers; write ids = ['#rrggbb', ..] (flowseg init DIR lists them)"
-            )
+            return "of colours, but ids are numbers; write ids = ['#rrggbb', ..], which flowseg init lists"
         values = values[..., 0]
     elif image.mode in ("1", "L"):  # Pillow shows 1 as `step` if there are few bits, and inverts
         step = 255 if image.mode == "1" else 85 if ";2" in layout else 17 if ";4" in layout else 1
@@ -407,7 +407,7 @@ class FolderDataset:
             names = [line.strip() for line in text.splitlines()]
             unknown = [name for name in names if name and name not in known]
             faults += [
-                f"{list_file}: {name!r} fits no image; {len(unknown)} such names" for name in unknown[:1]
+                f"{list_file}: {name!r} is no image; {len(unknown)} such names" for name in unknown[:1]
             ]
             images = {known[name]: images[known[name]] for name in names if name in known}
         alone = [path for key, path in images.items() if key not in masks]
@@ -423,20 +423,14 @@ class FolderDataset:
         if alone and not self.left_out:
             count = f"{len(alone)} of {len(images)} images have none"
             faults.append(f"{alone[0]}: no mask fits {self.root / patterns[1]}; {count}")
-        elif not pairs and not faults:
-            count = f"of {len(images)} images and {len(masks)} masks"
-            faults.append(
-                f"{self.root}: {split} has no pair {count}; correct images, masks or splits in {toml}"
-            )
+        if not pairs and not faults:
+            faults.append(f"{self.root}: no pair for {split}; correct images, masks or splits in {toml}")
         if strict and faults:
             raise DataError(faults[0])
+        unused = [path for key, path in masks.items() if not (listed or share or key in images)]
+        count = f"{len(unused)} of {len(masks)} masks have none"
+        faults += [f"{path}: no image fits {self.root / patterns[0]}; {count}" for path in unused[:1]]
         self.unpaired = faults
-        unused = (
-            [] if self.left_out or listed or share else [masks[key] for key in masks if key not in images]
-        )
-        for path in unused[:1]:
-            count = f"{len(unused)} of {len(masks)} masks have none"
-            self.unpaired.append(f"{path}: no image fits {self.root / patterns[0]}; {count}")
 
     def _remedy(self, toml: Path) -> str:
         if toml not in TABLES.values():

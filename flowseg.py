@@ -186,7 +186,8 @@ def train(
     from flowseg_tools.estimate import cost
 
     options = {
-        "dataset": dataset, "root": root, "num_workers": workers, "preset": preset, "init": init, "max_pixels": max_pixels,
+        "dataset": dataset, "root": root, "num_workers": workers, "max_pixels": max_pixels,
+        "preset": preset, "init": init,
         "objective": objective, "recipe": recipe, "max_steps": max_steps, "batch_size": batch_size,
         "crop_size": crop_size, "seed": seed, "save_every": save_every, "dtype": dtype,
         "compile": compile or None, "deterministic": deterministic or None,
@@ -363,7 +364,7 @@ def info(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is here: this machine; a data set, with every problem found; what a checkpoint or run holds."""
+    """Say what is here: this machine; a data set, with every problem; what a checkpoint or run holds."""
     from data import data_root
 
     if what is None:

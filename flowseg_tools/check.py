@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from data import (
     FOREIGN,
+    FORMATS,
     IGNORE,
     LITTER,
     MAX_PIXELS,
@@ -52,7 +53,7 @@ class Checker:
     def check(self, dataset: Dataset, limit: int | None = None) -> tuple[dict, list[str], list[str]]:
         """Read up to `limit` evenly spaced samples, or all; return counts, problems and notes.
 
-        Counts: images, checked, pixels by train id, ignored pixels. `fatal` is what would end training, or "".
+        Counts: images, checked, pixels by train id, ignored pixels. `fatal` is what would end training.
         """
         # Everything is read once; an error ends its file, not the check.
         self.problems: defaultdict[str, list[str]] = defaultdict(list)  # kind -> lines
@@ -105,7 +106,7 @@ class Checker:
             line = f"{path}: is the same image as {other} of {split}; keep it in one split"
             self.problems["same image"].append(line)
 
-        with Image.open(mask_path) as mask:
+        with Image.open(mask_path, formats=FORMATS) as mask:
             # A turn by 90 degrees changes the size, which is then an error; other turns do not.
             turn = image.info["orientation"]
             unseen = turn in (2, 3, 4) or (turn > 4 and image.width == image.height)
@@ -203,7 +204,7 @@ def absent_classes(table: LabelTable, counts: dict) -> list[str]:
 
 
 def _left_out(parts: list[FolderDataset]) -> list[str]:
-    """Return a line each for images without a mask, for other pictures in no split, and for folders left out."""
+    """Return a line for images without a mask, one for pictures in no split, one for folders left out."""
     used = {path for part in parts for pair in part.pairs for path in pair}
     unmasked = {path for part in parts for path in part.left_out} - used
     others = set()
@@ -242,7 +243,7 @@ def before_training(parts: list[Dataset], say: Callable[[str], None]) -> None:
 
 
 def fingerprint(dataset: Dataset) -> dict:
-    """Return what a resumed run must find again: classes, ids, ignore, and the number and hash of its files."""
+    """Return what a resumed run must find again: classes, ids, ignore, number and hash of its files."""
     table = dataset.labels
     names = []
     for pair in dataset.pairs if isinstance(dataset, FolderDataset) else ():

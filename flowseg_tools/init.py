@@ -1,7 +1,7 @@
 """`flowseg init`: looks at a folder of photos and masks, and drafts its dataset.toml.
 
-A pattern is a folder, a * and what follows in the name. Of all pairs of patterns, the one is taken in which most
-photos meet a mask of their name. What the folder does not tell is left to fill in, and said.
+A pattern is a folder, a * and what follows in the name. Of all pairs of patterns, the one is taken in
+which most photos meet a mask of their name. What the folder does not tell is left to fill in, and said.
 """
 
 import json
@@ -24,7 +24,7 @@ MASKS = 300  # masks that are read to find the values that occur
 OTHERS = re.compile("object|inst|colou?r|visual|human|overlay|panoptic|edge|depth|rgb", re.IGNORECASE)
 VOID = ("void", "unlabeled", "unlabelled", "ignore", "__ignore__")
 NO_MASKS = {
-    ".json": "polygons (Labelme, COCO) are not masks; export masks: labelme2voc, or 'Segmentation mask' in CVAT",
+    ".json": "polygons (Labelme, COCO) are not masks; export masks with labelme2voc, or from CVAT",
     ".xml": "boxes and polygons are not masks; export 'Segmentation mask' in CVAT",
     ".npy": "arrays are not pictures; save masks as PNG",
 }
@@ -32,7 +32,7 @@ Value = int | str  # a number, or a colour "#rrggbb"
 
 
 def draft(root: Path, track: Track = quietly) -> tuple[str, list[str], list[str]]:
-    """Return the text of a dataset.toml, what was found, and what is left to fill in; DataError: nothing fits."""
+    """Return the text of a dataset.toml, what was found, and what is left to fill in."""
     files = sorted(path.relative_to(root).as_posix() for path in scan(root))
     pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
     images, masks = best_patterns(root, pictures)
@@ -50,12 +50,15 @@ def draft(root: Path, track: Track = quietly) -> tuple[str, list[str], list[str]
     paths = [paths[k] for k in evenly_spaced(len(paths), MASKS)]
     colours = "colours" in [_looks(path)[0] for path in paths[:9]] or any(isinstance(v, str) for v in names)
     counts: Counter[Value] = Counter()  # value -> masks that have it
+    unreadable = []
     for k in track(range(len(paths)), "reading masks"):
-        values = np.unique(read_mask(paths[k], colours)).tolist()
-        counts.update(f"#{value:06x}" if colours else value for value in values)
-    found.append(
-        f"masks of {len(counts)} {'colours' if colours else 'numbers'} in {len(paths):,} that were read"
-    )
+        try:
+            values = np.unique(read_mask(paths[k], colours)).tolist()
+            counts.update(f"#{value:06x}" if colours else value for value in values)
+        except (DataError, PictureError) as error:
+            unreadable.append(str(error))
+    kind = "colours" if colours else "numbers"
+    found.append(f"{len(counts)} {kind} in {len(paths) - len(unreadable):,} masks that were read")
     if names and not counts.keys() & names.keys():
         found.append(f"{source} names other values than the masks have, so it is not used")
         names = {}
@@ -70,14 +73,12 @@ def draft(root: Path, track: Track = quietly) -> tuple[str, list[str], list[str]
     nameless = sorted(counts.keys() - names.keys() - set(ignore))
     rows = {value: name for value, name in names.items() if value not in ignore}
     rows |= {value: f"class {value}" for value in nameless}
-    todo = []
+    todo = [f"{error} ({len(unreadable)} such masks)" for error in unreadable[:1]]
     if nameless:
         values = ", ".join(str(value) for value in nameless)
         todo.append(f"names of classes for {values}; move to ignore what means unlabelled")
     if "validation" in keys:
-        todo.append(
-            "a share of the pairs is held out; use folders or lists in splits if neighbours are alike"
-        )
+        todo.append("splits, instead of validation, if neighbours are alike, as in a video")
     found += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
     return _toml(keys, rows, ignore, counts, len(paths)), found, todo
 
@@ -85,7 +86,7 @@ def draft(root: Path, track: Track = quietly) -> tuple[str, list[str], list[str]
 def _toml(keys: dict, rows: dict[Value, str], ignore: list[Value], counts: Counter, read: int) -> str:
     """Return the text of a dataset.toml with comments."""
     lines = [
-        f"# Drafted by `flowseg init` from {read:,} masks. * stands for a name, {{split}} for an entry of splits."
+        f"# Drafted by `flowseg init`; {read:,} masks were read. * is a name, {{split}} an entry of splits."
     ]
     lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
     lines.append("classes = [")
@@ -101,7 +102,7 @@ def _toml(keys: dict, rows: dict[Value, str], ignore: list[Value], counts: Count
 
 # ---- patterns ----
 def _folders(name: str) -> list[str]:
-    """Return the folders that a pattern for this file may begin with; {split} stands for the name of a split."""
+    """Return the folders that a pattern for this file may begin with; {split} is the name of a split."""
     parts = list(Path(name).parts[:-1])
     split = next((k for k, part in enumerate(parts) if part.lower() in ROLES), None)
     if split is not None:
@@ -159,7 +160,7 @@ def best_patterns(root: Path, pictures: list[str]) -> tuple[str, str]:
             for end in _ends(names):
                 sets[f"{folder}*{end}"] = fitting(f"{folder}*{end}", names)
 
-    # Most pairs first; then names that speak against masks, images that stay alone, and long patterns come later.
+    # Most pairs come first, then what is named like masks, leaves few images alone, and is short.
     ranked = []
     for images, masks in permutations(sets, 2):
         if images.count("*") == masks.count("*"):
@@ -175,15 +176,21 @@ def best_patterns(root: Path, pictures: list[str]) -> tuple[str, str]:
                 ranked.append((rank, images, masks))
     ranked.sort()
 
-    # A mask has few values and an image many; images of few colours count if there are no better ones.
+    # A mask has few values and an image many; images of few colours count if there are no others. Most of
+    # the files that are looked at must be of that kind, as some may be damaged.
     for least in (IGNORE + 2, 2):
         for _, images, masks in ranked[:100]:
             keys = sorted(sets[images].keys() & sets[masks].keys())
-            some = [keys[k] for k in evenly_spaced(len(keys), 3)]
-            kinds = [_looks(root / sets[masks][key]) for key in some]
-            photos = [_looks(root / sets[images][key]) for key in some]
-            masked = all(kind != "photo" and 0 < count <= IGNORE + 1 for kind, count in kinds)
-            if masked and min(count for _, count in photos) >= least:
+            some = [keys[k] for k in evenly_spaced(len(keys), 5)]
+            right = 0
+            for key in some:
+                kind, count = _looks(root / sets[masks][key])
+                right += (
+                    kind != "photo"
+                    and 0 < count <= IGNORE + 1
+                    and _looks(root / sets[images][key])[1] >= least
+                )
+            if 2 * right > len(some):
                 return images, masks
     return "", ""
 
@@ -307,7 +314,7 @@ def _instead(files: list[str], pictures: list[str]) -> str:
 
 
 def write_draft(root: Path, track: Track = quietly) -> list[str]:
-    """Write dataset.toml into a folder that has none; return the lines to print. DataError: it cannot be done."""
+    """Write a dataset.toml into a folder that has none, and return the lines to print."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; expected one with photos and masks")
     file = root / "dataset.toml"

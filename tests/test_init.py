@@ -1,6 +1,8 @@
 """`flowseg init` drafts a dataset.toml that loads, for the layouts that annotation tools export."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from data import SPLITS, DataError, FolderDataset
 from flowseg_tools.init import write_draft
-from tests.test_data import write
+from tests.test_data import ROOT, write
 
 NAMES = ["background", "sky", "road"]
 COLOURS = [(0, 0, 0), (128, 0, 0), (0, 128, 0)]
@@ -200,6 +202,35 @@ def test_our_own_layout(tmp_path):
             write(tmp_path / f"annotations/{split}/{stem}.png", mask())
     parts, said = drafted(tmp_path)
     assert [len(part) for part in parts] == [3, 1] and "annotations/{split}/*" in said
+
+
+def test_masks_that_cannot_be_read_are_said_and_do_not_end_the_draft(tmp_path):
+    for stem in STEMS:
+        write(tmp_path / f"photos/{stem}.jpg", photo(stem))
+        write(tmp_path / f"masks/{stem}.png", mask())
+    Image.fromarray(mask()).save(tmp_path / f"masks/{STEMS[1]}.png", "JPEG")
+    said = "\n".join(write_draft(tmp_path))
+    assert f"{STEMS[1]}.png" in said and "3 masks that were read" in said
+
+
+def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "flowseg", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_the_commands_work_together(tmp_path):
+    """init, then info with a preview, on the command line; a second init and a wrong folder are one line."""
+    test_two_flat_folders(tmp_path)
+    (tmp_path / "dataset.toml").unlink()
+    assert "dataset.toml" in run("init", str(tmp_path)).stdout
+    facts = json.loads(run("info", str(tmp_path), "--json", "--preview", str(tmp_path / "check.png")).stdout)
+    assert facts["problems"] == [] and [row["raw"] for row in facts["classes"]] == [0, 1]
+    assert Image.open(tmp_path / "check.png").width > 300
+    for folder, word in ((tmp_path, "exists"), (tmp_path / "nowhere", "no such folder")):
+        error = run("init", str(folder), code=3).stderr
+        assert error.count("\n") == 1 and error.startswith("error: ") and word in error
 
 
 def test_it_never_overwrites(tmp_path):
