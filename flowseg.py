@@ -80,11 +80,49 @@ Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, 
 Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results and errors only.", "-q")]
 Json = Annotated[bool, flag(OUTPUT, "--json", "Print the result as JSON.")]
 PHOTOS = "Photos, folders or globs; - reads a photo from stdin."
+WHERE = "Mask of one photo (.png), or a folder."
 WRITE = "Write the result as .json."
 Report = Annotated[
     File,
     Option(metavar="FILE", callback=_check_report, rich_help_panel=OUTPUT, help=WRITE, show_default=False),
 ]
+
+
+def _check_report_place(place: Path | None) -> Path | None:
+    """Refuse a report that is neither NAME.json nor a folder."""
+    if place and (place.suffix == ".json" or (place.suffix and not place.is_dir()) or place.is_file()):
+        return _check_report(place)
+    return place
+
+
+def _use_font(file: Path | None) -> None:
+    """Write the text of pictures in another font."""
+    from flowseg_tools import draw
+
+    if file:
+        draw.use_font(file)
+
+
+ReportPlace = Annotated[
+    File,
+    Option(metavar="FILE|DIR", callback=_check_report_place, rich_help_panel=OUTPUT, show_default=False,
+           help="Write the result as .json, or into a folder with pictures."),
+]  # fmt: skip
+COLUMNS = {"name": "name", "iou": "IoU", "acc": "Acc", "pixels": "pixels"}
+SortBy = Literal["id", "name", "iou", "acc", "pixels"]
+Font = Annotated[
+    File,
+    Option(metavar="FILE", callback=_use_font, rich_help_panel=OUTPUT, show_default=False,
+           help="Font (.ttf, .otf) of text in pictures; the built-in one has plain Latin letters."),
+]  # fmt: skip
+
+
+def note_missing_letters(names: Iterable[str]) -> None:
+    """Say which letters of the names the pictures cannot show."""
+    from flowseg_tools import draw
+
+    if missing := draw.missing_letters(names):
+        err.print(f"note: the font of the pictures lacks {missing}: pass --font FILE", style="yellow")
 
 
 def _print_version(wanted: bool) -> None:
@@ -195,16 +233,29 @@ def evaluate(
     flip: Flip = False,
     device: Device = "auto",
     as_json: Json = False,
-    report: Report = None,
+    report: ReportPlace = None,
+    worst: Annotated[
+        int,
+        Option(
+            metavar="N", min=0, rich_help_panel=OUTPUT, help="Sheets of the worst images in a --report DIR."
+        ),
+    ] = 8,
+    sort: Annotated[SortBy, Option(rich_help_panel=OUTPUT, help="Order of the printed classes.")] = "id",
+    font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
     from rich.progress import track
 
     from data import open_dataset
+    from flowseg_tools import draw
+    from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
+    from flowseg_tools.report import check_writable, sort_classes, write_report
     from train import evaluate
 
+    if report:
+        check_writable(report.parent if report.suffix else report)
     model = load(checkpoint or weights, device)
     data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
     data.max_pixels = max_pixels or data.max_pixels
@@ -217,13 +268,16 @@ def evaluate(
     metrics, protocol = evaluate(model, data, short_side, steps, progress, limit, flip, mode)
 
     facts = scores_of(metrics, data.labels.classes) | {"protocol": protocol}
-    text = json.dumps(facts, indent=2, allow_nan=False)
     if report:
-        report.write_text(text + "\n", encoding="utf-8")
+        palette = draw.palette(model.centroids.cpu().numpy(), data.labels.colors)
+        predict = partial(segment_photo, model, short_side=short_side, steps=steps, mode=mode, flip=flip)
+        write_report(report, facts, metrics, data, palette, predict, worst)
+        note_missing_letters(data.labels.classes)
     if as_json:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
         return
-    rows = [(c["name"], percent(c["IoU"]), percent(c["Acc"]), f"{c['pixels']:,}") for c in facts["classes"]]
+    classes = facts["classes"] if sort == "id" else sort_classes(facts["classes"], COLUMNS[sort])
+    rows = [(c["name"], percent(c["IoU"]), percent(c["Acc"]), f"{c['pixels']:,}") for c in classes]
     print_table(("class", "IoU", "accuracy", "labelled pixels"), rows)
     out.print("  ".join(f"{name} {percent(facts[name], 2)}" for name in metrics.scores), style="bold")
     out.print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
@@ -232,7 +286,9 @@ def evaluate(
 @app.command()
 def segment(
     paths: Annotated[list[str], Argument(metavar="PATH...", help=PHOTOS, show_default=False)],
-    output: Annotated[Path, value(OUTPUT, "FILE|DIR", "Mask of one photo, or a folder.", "", "--out", "-o")],
+    output: Annotated[
+        File, value(OUTPUT, "FILE|DIR", WHERE, "PHOTO-mask.png beside a single photo", "--out", "-o")
+    ] = None,
     weights: Weights = None,
     steps: Steps = None,
     short_side: ShortSide = None,
@@ -245,38 +301,52 @@ def segment(
     ids: Annotated[
         Literal["train", "raw"], Option(rich_help_panel=OUTPUT, help="Values of the mask.")
     ] = "train",
+    labelmap: Annotated[
+        bool, flag(OUTPUT, "--labelmap", "Also write labelmap.txt for annotation tools.")
+    ] = False,
     as_json: Json = False,
     report: Report = None,
     max_pixels: Annotated[
         Number, value(RUN, "N", "Largest photo that is opened.", "250,000,000", least=1)
     ] = None,
+    font: Font = None,
     force: Annotated[bool, flag(OUTPUT, "--force", "Overwrite outputs that exist.")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Segment photos: a PNG of ids, the size of the upright photo, coloured by the class centroids."""
     from data import MAX_PIXELS
-    from flowseg_tools.segment import find_photos, plan, segment_all, segment_one, tell
-    from flowseg_tools.segment import report as write_report
+    from flowseg_tools import segment as tool
 
-    photos = find_photos(paths, output)
-    single = output.suffix and not output.is_dir()
-    if (single and (output.suffix.lower() != ".png" or len(photos) > 1)) or ("-" in paths and not single):
-        raise BadParameter(f"-o {output} for {len(photos)} photos; expected a .png for one, else a folder")
-    model = load(weights, device)
+    photos, refused = tool.find_photos(paths, output)
+    output, single = tool.choose_output(paths, len(photos), output, labelmap)
     wishes = {
-        "overlay.png": overlay, "confidence.png": confidence, "entropy.png": entropy,
+        "overlay.png": overlay, "confidence.png": confidence, "confidence-map.png": confidence,
+        "entropy.png": entropy, "entropy-map.png": entropy,
         "trajectory.png": trajectory, "trajectory.gif": trajectory,
     }  # fmt: skip
-    planned = plan(photos, output, [kind for kind, wish in wishes.items() if wish], force)
+    kinds = [kind for kind, wish in wishes.items() if wish]
+    tasks = [*tool.plan(photos, output, single, kinds, force, by_stem=labelmap), *refused]
+    tool.check_outputs(tasks, report)
+    model = load(weights, device)
+    if overlay:
+        note_missing_letters(model.info.classes)
+    if labelmap:
+        tool.write_labelmap(output, model, ids == "raw", force)
     work = partial(
-        segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
+        tool.segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
         raw_ids=ids == "raw", max_pixels=max_pixels or MAX_PIXELS,
     )  # fmt: skip
-    screen = err if as_json else out  # stdout then holds the JSON alone
-    records = tell(segment_all(planned, work), len(photos), screen, err, quiet)
-    if report:
-        write_report(report, records)
+    records = []
+    try:
+        # With --json stdout holds nothing else.
+        for record in tool.tell(
+            tool.segment_all(tasks, work), len(tasks), err if as_json else out, err, quiet
+        ):
+            records.append(record)
+    finally:  # of what was done before Ctrl-C, too
+        if report:
+            tool.report(report, records)
     if as_json:
         sys.stdout.write(json.dumps(records, indent=2, allow_nan=False) + "\n")
     raise typer.Exit(int(any(record["state"] == "failed" for record in records)))

@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -734,6 +735,7 @@ class Network(nn.Module):
 # 5 Files: weights as .safetensors, with metadata as JSON strings -----------------------------------------
 
 FORMAT = "flowseg-2"
+HEX_COLOR = re.compile("#[0-9a-f]{6}")
 
 
 class CheckpointError(Exception):
@@ -749,6 +751,8 @@ class CheckpointInfo:
     classes: tuple[str, ...] = ()  # names in the order of train ids; none: a backbone, which cannot segment
     ids: tuple[int | str, ...] = ()  # raw mask value of each class, a number or a colour "#rrggbb"
     ignore: tuple[int | str, ...] = ()  # raw mask values that are ignored
+    colors: tuple[str, ...] = ()  # "#rrggbb" of each class in pictures; none: those of the centroids
+    clear: tuple[str, ...] = ()  # classes that overlays leave as they are
     dataset: str = ""  # a name, or the absolute path of a folder
     root: str = ""  # data root of a named data set
     crop_size: int = 0  # side of the training crop; evaluation makes it the short side
@@ -760,15 +764,19 @@ class CheckpointInfo:
     environment: dict = field(default_factory=dict)  # versions and commit
 
     def __post_init__(self):
-        for name, kinds in {"classes": (str,), "ids": (int, str), "ignore": (int, str)}.items():
+        for name in ("classes", "ids", "ignore", "colors", "clear"):
+            kinds = (int, str) if name in ("ids", "ignore") else (str,)
             values = getattr(self, name)
             good = type(values) in (list, tuple) and all(type(value) in kinds for value in values)
-            if not good or len(set(values)) < len(values):
+            if not good or (name in ("classes", "ids") and len(set(values)) < len(values)):
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{name} is {values!r}; expected a list of different values, {expected}")
             object.__setattr__(self, name, tuple(values))  # JSON has lists only
-        if len(self.classes) != len(self.ids):
+        if len(self.classes) != len(self.ids) or len(self.colors) not in (0, len(self.classes)):
             raise ValueError(f"{len(self.ids)} ids for {len(self.classes)} classes; expected one each")
+        words = [value for value in (*self.ids, *self.ignore, *self.colors) if isinstance(value, str)]
+        if not all(HEX_COLOR.fullmatch(word) for word in words):
+            raise ValueError(f"{words} are not colours '#rrggbb'")
         for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind.__name__}")

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced, open_datase
 from flowseg_tools import records, runs
 from flowseg_tools.check import before_training
 from flowseg_tools.dinov2 import Alignment
-from flowseg_tools.predict import Mode, segment_photo
+from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError, process, summed
 from flowseg_tools.settings import command_for, resolve_as
@@ -106,6 +106,7 @@ class Metrics:
     """Scores, in [0, 1], of a confusion matrix: int64 (N, N), rows are labels, columns are predictions."""
 
     confusion: np.ndarray
+    images: dict[int, float] = field(default_factory=dict)  # mIoU of every image by its index; nan: no label
 
     @property
     def iou(self) -> Tensor:
@@ -151,17 +152,21 @@ def evaluate(
     indices = evenly_spaced(len(dataset), limit)
     rank, world = process()
     confusion = np.zeros((num_classes, num_classes), np.int64)
-    for i in track(indices[rank::world]):
-        photo, labels = dataset[i]
+    ious = np.zeros(len(indices))  # of single images
+    samples = read_ahead(dataset.__getitem__, track(indices[rank::world]))
+    for i, (photo, labels) in enumerate(samples):
         prediction, _ = segment_photo(model, photo, short_side, steps, mode, flip)
-        confusion += confusion_matrix(labels, prediction, num_classes)
-    summed(torch.from_numpy(confusion))  # in place
+        counts = confusion_matrix(labels, prediction, num_classes)
+        confusion += counts
+        ious[rank + i * world] = Metrics(counts).scores["mIoU"]
+    for values in (confusion, ious):
+        summed(torch.from_numpy(values))  # in place
     protocol = {
         "dataset": dataset.name, "split": dataset.split, "images": len(indices),
         "evenly_spaced_of": len(dataset), "mode": mode, "flip": flip, "short_side": short_side,
         "compared_at": "original size", "steps": steps, "weights": weights_hash(model),
     }  # fmt: skip
-    return Metrics(confusion), protocol
+    return Metrics(confusion, dict(zip(indices, ious.tolist(), strict=True))), protocol
 
 
 # Optimization --------------------------------------------------------------------------------------------
@@ -500,7 +505,7 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
                 score = metrics.scores["mIoU"]
                 run.console.print(f"step {run.step}: validation mIoU {score:.1%}")
                 if run.rank == 0:
-                    records.write_weights(run, metrics.scores, protocol)
+                    records.write_weights(run, metrics, protocol)
                 run.validated = run.step
                 run.best = max(run.best, score)
             measured_from = run.step

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -50,6 +51,14 @@ class Log:
                 self.console.print(f"warning: {self.path}: {error}; training goes on", style="yellow")
             self.failed = True
 
+    def lines(self) -> list[dict]:
+        """What was logged until now."""
+        found = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
     def rewind(self, step: int, validated: int) -> None:
         """Drop what was logged after the state that a run continues from: it will be logged again."""
         if not self.path.exists():
@@ -82,31 +91,38 @@ def introduce(run, origin: str | Path) -> None:
         run.console.print(line)
 
 
-def write_weights(run, scores: dict[str, float] | None = None, protocol: dict | None = None) -> None:
-    """Write the EMA weights of a train.Run as `last`, with scores also a preview and, at its best, `best`."""
+def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
+    """Write the EMA weights of a train.Run as `last`, with metrics also pictures and, at its best, `best`."""
     config = run.config
+    scores = metrics.scores if metrics else {}
     table = run.data.labels
     facts = {
-        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "dataset": config.dataset,
-        "root": config.root, "crop_size": config.crop_size, "step": run.step,
-        "protocol": protocol or {}, "environment": environment(), **(scores or {}),
+        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "colors": table.colors,
+        "clear": table.clear, "dataset": config.dataset, "root": config.root,
+        "crop_size": config.crop_size, "step": run.step, "protocol": protocol or {},
+        "environment": environment(), **scores,
     }  # fmt: skip
     run.ema.save(run.folder / "last.safetensors", **facts)
-    if scores is None:
+    if metrics is None:
         return
     if scores["mIoU"] > run.best:
         run.ema.save(run.folder / "best.safetensors", **facts)
     rows = []
     distances = []
+    notes = []
     for i in evenly_spaced(len(run.held_out), NUM_PREVIEWS):
         photo, truth = run.held_out[i]
         prediction, _ = segment_photo(run.ema, photo, config.crop_size)
         rows.append((photo, truth, prediction))
         end = run.ema.sample(to_input(photo, config.crop_size).to(run.device))
         distances.append(crispness(run.ema, end))
-    palette = draw.palette(run.ema.centroids.cpu().numpy())
-    draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette))
+        iou = metrics.images.get(i, math.nan)
+        notes.append("" if math.isnan(iou) else f"IoU {iou:.0%}")
     run.log.write(run.step, **scores, crispness=sum(distances) / len(distances))
+    title = f"step {run.step:,}: validation mIoU {scores['mIoU']:.1%}"
+    palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
+    draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
+    draw.save(run.folder / "curves.png", draw.training_curves(run.log.lines()))
 
 
 def crispness(model: FlowSeg, x: Tensor) -> float:

@@ -50,6 +50,11 @@ class Steady:
         return self.error is not None and not isinstance(self.error, BrokenPipeError)
 
 
+def printable(text: str) -> str:
+    """The text in one line, with control characters escaped: names of files and classes may hold any."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def describe_error(error: Exception) -> tuple[str, int]:
     """One line and the exit code of an error."""
     code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else 1)
@@ -70,4 +75,4 @@ def describe_error(error: Exception) -> tuple[str, int]:
     process = ""
     if "RANK" in os.environ:  # of torchrun
         process = f"process {os.environ['RANK']}: "
-    return f"error: {process}{' '.join(text.split())}", code
+    return printable(f"error: {process}{' '.join(text.split())}"), code

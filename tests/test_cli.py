@@ -276,7 +276,7 @@ def test_segment_a_folder_keeps_names_and_goes_on_after_a_bad_file(trained):
     result = flowseg("segment", "photos", "-o", "masks", cwd=cwd)
     fails(result, 1, "broken.jpg")
     written = sorted(str(path.relative_to(cwd / "masks")) for path in (cwd / "masks").rglob("*.png"))
-    assert written == ["a.png", "sub/b.png"]
+    assert written == ["a.png", "sub/b_png.png"]
 
 
 def test_info_on_machine_data_and_checkpoint(trained):
@@ -568,7 +568,7 @@ def test_bad_checkpoints_and_outputs_are_named(trained):
     fails(
         flowseg("segment", "p.jpg", "-o", "m.png", "--checkpoint", "other.safetensors", cwd=cwd), 5, "damaged"
     )
-    fails(flowseg("segment", "p.jpg", "-o", "p.jpg/m.png", cwd=cwd), 1, "p.jpg")
+    fails(flowseg("segment", "p.jpg", "-o", "p.jpg/m.png", cwd=cwd), 2, "p.jpg")
     fails(flowseg("segment", "p.jpg", "-o", "m.txt", cwd=cwd), 2, "m.txt", "expected")
     fails(flowseg("eval", "--report", "no/where.json", cwd=cwd), 2, "no/where.json")
     fails(flowseg("train", "--out", "p.jpg", *QUICK, cwd=cwd), 2, "p.jpg", "--out")

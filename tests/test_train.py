@@ -235,7 +235,7 @@ def test_classes_are_coded_unless_asked_otherwise(tmp_path):
         assert (config.num_classes, config.encoding, config.encoding_dims) == (count, "coded", 19)
     config = resolve({"dataset": "shapes-fine"}, ["encoding=kronecker", "encoding_dims=3"])[1]
     assert (config.encoding, config.encoding_dims) == ("kronecker", 3)
-    with pytest.raises(RunError, match="encoding_dims is 9; expected .*enough for 255 words"):
+    with pytest.raises(RunError, match=r"encoding_dims is 9; expected .*enough for 255 words"):
         resolve({"dataset": str(tmp_path)}, ["encoding_dims=9"])
 
 
