@@ -1,8 +1,9 @@
 """Downloads that continue where they stopped, are checked before use, and unpack only what is needed.
 
 Everything temporary is in the folder .NAME.part below the data root, which is renamed once it is complete. In
-it FILE.part grows beside FILE.json, the ETag, date and length that the server gave: the rest of a file is
-asked for only while these stay the same. Nothing that a server or an archive says is believed unchecked.
+it FILE.part grows beside FILE.json, its address and the ETag, date and length that the server gave: the rest
+of a file is asked for only while these stay the same. Nothing that a server or an archive says is believed
+unchecked.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from pathlib import Path, PureWindowsPath
 from typing import BinaryIO
 from urllib.error import URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
-from zipfile import ZipFile, ZipInfo
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from rich import progress
 from rich.console import Console
@@ -347,6 +348,8 @@ def receive(item: Item, path: Path, file: BinaryIO, limit: int, show: Callable) 
     and DownloadError for another answer than a file of at most `limit` bytes.
     """
     known = read_facts(path)
+    if known.get("url") != item.url and not item.digest:  # another server's file may be another one
+        known = {}
     have = file.tell()
     if have and known.get("length") == str(have):  # a process was stopped before it could rename the file
         return
@@ -363,7 +366,7 @@ def receive(item: Item, path: Path, file: BinaryIO, limit: int, show: Callable) 
             block = response.read(512)
             refuse_other_content(item, response, block)
             empty(file)
-            beside(path, ".json").write_text(json.dumps(facts), encoding="utf-8")
+            beside(path, ".json").write_text(json.dumps(facts | {"url": item.url}), encoding="utf-8")
 
         # Size and space are checked before the first byte is written, the size again with every block.
         length = int(facts.get("length", 0))
@@ -505,6 +508,8 @@ def inspect(members: list[ZipInfo], packed: int) -> None:
             reason = "leads out of its folder"
         elif member.external_attr >> 28 not in UNIX_KINDS:
             reason = "is a link or a device"
+        elif member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):  # others may take gigabytes of memory
+            reason = "is packed in an unusual way"
         elif name.casefold() in names:  # some file systems take the two for one
             reason = "occurs twice but for upper and lower case"
         if reason:

@@ -320,6 +320,7 @@ def test_a_server_that_dies_leaves_what_came_and_the_next_run_takes_the_rest(her
     fails(here.run("dinov2-b14"), 4, "240,000 of 400,000 bytes", "the same command continues")
     assert part(here).stat().st_size == 240_000 and not (here.root / "weights").exists()
     facts = json.loads(part(here).with_suffix(".json").read_text())
+    assert facts.pop("url") == f"{here.server.url}/weights"
     assert facts == {"ETag": '"one"', "Last-Modified": here.server.date, "length": "400000"}
     works(here.run("dinov2-b14"))
     assert here.server.asked[-1] == ("/weights", "bytes=240000-") and here.server.sent == len(BYTES)
@@ -640,6 +641,18 @@ def test_a_rest_that_does_not_continue_the_file_is_not_appended(here, wrong):
     assert (here.root / "weights/dinov2-b14.pth").read_bytes() == BYTES
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_mirror_continues_a_file_only_if_a_digest_will_tell(here, pinned):
+    other = BYTES[:100] + BYTES[::-1]  # as long, with the same tag and date
+    here.server.files |= {"/a": BYTES, "/b": BYTES if pinned else other[:400_000]}
+    here.server.cuts = [240_000, 0, 0, 0, 0]
+    pin = ("--sha256", hashlib.sha256(BYTES).hexdigest()) if pinned else ()
+    fails(here.run("pixnerd-xl-256", "--from", f"{here.server.url}/a", *pin), 4, "240,000 of 400,000")
+    works(here.run("pixnerd-xl-256", "--from", f"{here.server.url}/b", *pin))
+    assert here.server.asked[-1] == ("/b", "bytes=240000-" if pinned else None)
+    assert (here.root / "weights/pixnerd-xl-256.ckpt").read_bytes() == here.server.files["/b"]
+
+
 def test_a_server_that_begins_again_for_ever_is_given_up(here):
     here.server.etag, here.server.date, here.server.cuts = None, None, [200_000] * 50
     fails(here.run("dinov2-b14"), 4, "closed after 200,000 of 400,000 bytes")
@@ -692,6 +705,16 @@ def test_names_of_control_characters_are_refused(here):
     result = here.run("ade20k", "--sha256", hashlib.sha256(data).hexdigest())
     fails(result, 4, "control characters")
     assert "\x1b" not in result.stderr
+
+
+def test_other_ways_to_pack_are_refused(here):
+    packing = io.BytesIO()
+    with zipfile.ZipFile(packing, "w", zipfile.ZIP_LZMA) as archive:
+        for name, content in ADE.items():
+            archive.writestr(name, content)
+    here.server.files["/ade.zip"] = packing.getvalue()
+    pin = ("--sha256", hashlib.sha256(packing.getvalue()).hexdigest())
+    fails(here.run("ade20k", *pin), 4, "packed in an unusual way")
 
 
 def test_the_space_for_all_archives_is_looked_at_first(here, monkeypatch):
