@@ -11,11 +11,10 @@ import json
 import re
 import shlex
 import shutil
-import sqlite3
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException, HTTPResponse, InvalidURL
@@ -164,8 +163,8 @@ def download(
     # The folder gets its name last, so that nothing incomplete can be taken for a data set.
     try:
         prepare(work)
-        with locked(work.with_suffix(".lock")):
-            require_space(root, space_needed(items, work, keep_archive))
+        with locked(work):
+            free_space(root, space_needed(items, work, keep_archive))
             for item in items:
                 complete(item, work, max_bytes, keep_archive, console)
             home.parent.mkdir(exist_ok=True)
@@ -218,8 +217,7 @@ def complete(item: Item, work: Path, max_bytes: int | None, keep_archive: bool, 
 
 def finished(work: Path) -> list[str]:
     """Return the names of the files that are checked and unpacked."""
-    record = work / RECORD
-    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    lines = (work / RECORD).read_text(encoding="utf-8", errors="replace").splitlines()
     return [line.partition(" ")[0] for line in lines]
 
 
@@ -241,7 +239,7 @@ def prepare(work: Path) -> None:
     if work.is_symlink() or not work.is_dir():
         discard(work)
     work.mkdir(parents=True, exist_ok=True)
-    for path in (work.with_suffix(".lock"), *work.iterdir()):
+    for path in work.iterdir():
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             discard(path)
 
@@ -260,31 +258,28 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system releases with this process, however it ends; SQLite has one everywhere."""
-    with closing(sqlite3.connect(path, timeout=0)) as lock:
+def locked(work: Path) -> Iterator[None]:
+    """Keep other processes out of the temporary folder; the system ends that with this process."""
+    with open(work / RECORD, "a") as record:
         try:
-            lock.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
-            reason = f"{path}: another process holds it ({error})"
-            raise DownloadError(f"{reason}; wait for that process, or stop it") from error
+            import fcntl
+
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows has no such lock
+        except BlockingIOError as error:
+            raise DownloadError(f"{work}: another process uses it; wait for it, or stop it") from error
         yield
-        with suppress(OSError):  # Windows keeps what is open
-            path.unlink()
 
 
-def free_space(folder: Path) -> int:
-    """Return the bytes that are free where a folder is or will be."""
+def free_space(folder: Path, needed: int = 0) -> int:
+    """Return the bytes that are free where a folder is or will be; OSError if fewer than needed are."""
     place = next(place for place in (folder, *folder.parents) if place.exists())
-    return shutil.disk_usage(place).free
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise OSError if there is less space than needed."""
-    space = free_space(folder)
+    space = shutil.disk_usage(place).free
     if space < needed:
         given = f"{decimal(needed)} needed, {decimal(space)} free"
         raise OSError(f"{folder}: {given}; make room, or choose another place with --root")
+    return space
 
 
 def space_needed(items: list[Item], work: Path, keep_archive: bool) -> int:
@@ -372,7 +367,7 @@ def receive(item: Item, path: Path, file: BinaryIO, limit: int, show: Callable) 
         length = int(facts.get("length", 0))
         refuse_more(item, length, limit)
         copies = 2 if item.folders else 1  # an archive and its pictures
-        require_space(path.parent, copies * (length or item.size) - file.tell())
+        free_space(path.parent, copies * (length or item.size) - file.tell())
         block = block or response.read1(BLOCK)
         while block:
             refuse_more(item, file.tell() + len(block), limit)
@@ -395,7 +390,7 @@ class WebRedirects(HTTPRedirectHandler):
 
 def read_facts(path: Path) -> dict[str, str]:
     """Return what an earlier answer said about a file, or nothing if that cannot be read."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         facts = json.loads(beside(path, ".json").read_text(encoding="utf-8"))
         return {key: value for key, value in facts.items() if isinstance(value, str)}
     return {}
@@ -485,7 +480,7 @@ def unpack(item: Item, path: Path, work: Path, console: Console) -> None:
             chosen |= names
 
         # Nothing is left here of a process that was killed while it unpacked.
-        require_space(work, sum(member.file_size for member in chosen.values()))
+        free_space(work, sum(member.file_size for member in chosen.values()))
         for here, *_ in item.folders:
             discard(work / here)
         for member in progress.track(chosen.values(), f"unpacking {path.name}", console=console):

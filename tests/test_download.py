@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -402,10 +401,12 @@ def test_a_process_killed_after_the_last_byte_asks_for_nothing(here):
     assert len(here.server.asked) == before
 
 
-def test_a_damaged_side_file_starts_again(here):
+@pytest.mark.parametrize("text", ['{"ETa', "[" * 100_000, "[]", '{"ETag": 3, "length": [1]}', "\xff\0"])
+def test_a_damaged_side_file_starts_again(here, text):
     here.server.cuts = [240_000, 0, 0, 0, 0]
     fails(here.run("dinov2-b14"), 4, "400,000")
-    part(here).with_suffix(".json").write_text('{"ETa')
+    part(here).with_suffix(".json").write_text(text, encoding="latin-1")
+    (part(here).parent / ".complete").write_bytes(b"\xff\0 nothing\n")
     works(here.run("dinov2-b14"))
     assert here.server.asked[-1][1] is None
 
@@ -525,13 +526,12 @@ def test_a_disk_that_fills_on_the_way_keeps_what_has_come(here):
 
 
 def test_a_second_download_at_the_same_time_is_refused(here):
-    here.root.mkdir()
-    lock = sqlite3.connect(here.root / ".ade20k.lock")
-    lock.execute("BEGIN EXCLUSIVE")
-    fails(here.run("ade20k"), 4, "another process", "wait")
-    assert not here.server.asked
-    works(here.run("dinov2-b14"))  # another one
-    lock.close()
+    work = here.root / ".ade20k.part"
+    work.mkdir(parents=True)
+    with download.locked(work):
+        fails(here.run("ade20k"), 4, str(work), "another process", "wait")
+        assert not here.server.asked
+        works(here.run("dinov2-b14"))  # another one
     works(here.run("ade20k"))
 
 
