@@ -30,6 +30,7 @@ from rich.filesize import decimal
 from typer import BadParameter
 
 from data import data_root, nearest
+from flowseg_tools.terminal import printable
 
 TABLE = Path(__file__).parent / "tables/downloads.toml"
 RECORD = ".complete"  # what is done, a line for each file: its name, kind of digest, digest
@@ -313,7 +314,7 @@ def fetch(item: Item, path: Path, max_bytes: int | None, console: Console) -> No
                 receive(item, path, file, limit, show)
                 break
             except (ValueError, InvalidURL) as error:  # an address or a header that makes no sense
-                raise DownloadError(f"{item.url}: {shown(error)}; {OTHER_SOURCE}") from error
+                raise DownloadError(f"{item.url}: {error}; {OTHER_SOURCE}") from error
             except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
                 code = getattr(error, "code", None)
                 may_pass = code is None or code >= 500 or code in PASSING
@@ -324,16 +325,11 @@ def fetch(item: Item, path: Path, max_bytes: int | None, console: Console) -> No
                 most = max(most, file.tell())
                 if failures == MAX_FAILURES or not may_pass:
                     fix = f"the same command continues, or {OTHER_SOURCE}"
-                    raise DownloadError(f"{item.url}: {shown(error)}; {fix}") from error
-                bar.print(f"{item.url}: {shown(error)}; trying again", style="yellow")
+                    raise DownloadError(f"{item.url}: {error}; {fix}") from error
+                bar.print(printable(f"{item.url}: {error}; trying again"), style="yellow")
             time.sleep(2**failures / 2)
     beside(path, ".part").rename(path)
     beside(path, ".json").unlink(missing_ok=True)
-
-
-def shown(text: object) -> str:
-    """Return a text that may quote a server, with its control characters escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 def receive(item: Item, path: Path, file: BinaryIO, limit: int, show: Callable) -> None:
@@ -384,7 +380,7 @@ class WebRedirects(HTTPRedirectHandler):
     def redirect_request(self, request, answer, code, reason, headers, address) -> Request | None:
         """Return the request that a redirect asks for."""
         if not address.startswith(WEB):
-            raise DownloadError(f"{request.full_url} leads to {shown(address)}; {OTHER_SOURCE}")
+            raise DownloadError(f"{request.full_url} leads to {address}; {OTHER_SOURCE}")
         return super().redirect_request(request, answer, code, reason, headers, address)
 
 
@@ -430,7 +426,7 @@ def refuse_other_content(item: Item, response: HTTPResponse, begin: bytes) -> No
     length = response.headers["Content-Length"]
     reason = ""
     if response.status != 200:
-        reason = f"the server answered {response.status} {shown(response.reason)}"
+        reason = f"the server answered {response.status} {response.reason}"
     elif not begin and length in (None, "0"):
         reason = "an empty file"
     elif "html" in kind or "json" in kind or (begin and not begin.translate(None, TEXT)):

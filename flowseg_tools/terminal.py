@@ -48,6 +48,11 @@ class Steady:
         return self.error is not None and not isinstance(self.error, BrokenPipeError)
 
 
+def printable(text: object) -> str:
+    """A text whose control characters are escaped, since it may quote a file or a server."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
 def describe_error(error: Exception) -> tuple[str, int]:
     """One line and the exit code of an error."""
     code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else 1)
@@ -68,4 +73,4 @@ def describe_error(error: Exception) -> tuple[str, int]:
     process = ""
     if "RANK" in os.environ:  # of torchrun
         process = f"process {os.environ['RANK']}: "
-    return f"error: {process}{' '.join(text.split())}", code
+    return printable(f"error: {process}{' '.join(text.split())}"), code
