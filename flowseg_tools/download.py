@@ -184,7 +184,7 @@ def download(
 
 def complete(item: Item, work: Path, max_bytes: int | None, keep_archive: bool, console: Console) -> None:
     """Fetch, check and unpack a file and write that down; do nothing if it is written down already."""
-    if item.file in finished(work):
+    if is_finished(item, work):
         return
     path = Path(item.url) if item.is_local else work / item.file
     if not path.exists():
@@ -216,10 +216,10 @@ def complete(item: Item, work: Path, max_bytes: int | None, keep_archive: bool, 
         path.unlink()
 
 
-def finished(work: Path) -> list[str]:
-    """Return the names of the files that are checked and unpacked."""
+def is_finished(item: Item, work: Path) -> bool:
+    """Return whether a file was checked and unpacked; with another digest than it should have it was not."""
     lines = (work / RECORD).read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line.partition(" ")[0] for line in lines]
+    return any(line.startswith(f"{item.file} {item.digest}") for line in lines)
 
 
 def checked_digest(item: Item, path: Path, console: Console) -> str:
@@ -288,7 +288,7 @@ def space_needed(items: list[Item], work: Path, keep_archive: bool) -> int:
 
     Pictures take about as much as their archive, which is removed when it is unpacked.
     """
-    rest = [item for item in items if item.file not in finished(work)]
+    rest = [item for item in items if not is_finished(item, work)]
     pictures = sum(item.size for item in rest if item.folders)
     copies = [item.size for item in rest if not (item.is_local and item.folders)]
     archives = sum(copies) if keep_archive else max(copies, default=0)
