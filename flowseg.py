@@ -30,7 +30,6 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False, markup=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-DOWNLOADS = ("ade20k", "coco-stuff", "camvid", "pixnerd-xl-256", "pixnerd-xl-512", "dinov2-b14")
 RECIPES = ("ade20k-256", "ade20k-512", "coco-stuff-256", "coco-stuff-512")
 NEWEST = "Weights or run directory; by default of the newest run under runs/."
 DATA, MODEL, METHOD, TRAINING = "Data", "Model", "Method", "Training"  # panels of the help
@@ -434,13 +433,18 @@ def init(
 
 @app.command()
 def download(
-    name: Annotated[Literal[*DOWNLOADS], Argument(help="A data set or public weights.", show_default=False)],
+    name: Annotated[
+        Text, Argument(metavar="[NAME]", help="What to fetch; without it: a table.", show_default=False)
+    ] = None,
     root: Root = None,
     sources: Annotated[
         list[str] | None,
         value(DATA, "PATH|URL", "A file on disk, or a mirror; may be repeated.", "", "--from"),
     ] = None,
     sha256: Annotated[Text, value(DATA, "DIGEST", "Pin a file for which none is published.")] = None,
+    max_bytes: Annotated[
+        Number, value(DATA, "N", "Largest file that is accepted.", "a tenth more than published", least=1)
+    ] = None,
     dry_run: Annotated[bool, flag(RUN, "--dry-run", "Say what, from where and how much.")] = False,
     keep_archive: Annotated[
         bool, flag(RUN, "--keep-archive", "Keep the archive after unpacking it.")
@@ -448,9 +452,20 @@ def download(
     quiet: Quiet = False,
 ) -> None:
     """Fetch a data set or public weights; the same command continues after a stop."""
-    from flowseg_tools.download import download
+    from flowseg_tools import download as downloads
 
-    download(name, root, sources or [], sha256, dry_run, keep_archive, quiet)
+    if name:
+        downloads.download(name, root, sources or [], sha256, max_bytes, dry_run, keep_archive, quiet)
+        return
+    rows = downloads.listing(root)
+    table = Table("name", Column("size", justify="right"), "here", "what it is", box=None)
+    licences: dict[str, list[str]] = {}
+    for row in rows:
+        table.add_row(row["name"], row["size"], row["here"], row["about"])
+        licences.setdefault(f"{row['licence']}, {row['terms']}", []).append(row["name"])
+    out.print(table)
+    for licence, names in licences.items():
+        out.print(f"{', '.join(names)}: {licence}")
 
 
 def progress(indices: Iterable[int], title: str) -> Iterable[int]:

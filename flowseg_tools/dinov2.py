@@ -13,12 +13,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowseg_tools.pretrained import public_file
+from flowseg_tools.pretrained import public_file, stored_tensors
 from model import tensor_faults
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], with which the public weights were trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_DEPTH = 100  # blocks; the largest public model has 40
 # Positions are resampled at the scale (cells + 0.1) / trained cells, as the public weights were trained.
 POSITION_OFFSET = 0.1
 
@@ -99,6 +100,7 @@ def load_dinov2(path: str | Path, num_heads: int | None = None) -> DinoV2:
     L, or 16 in smaller models. Raises CheckpointError if the file cannot be used.
     """
     with public_file(path, "DINOv2 ViT-S, B or L") as weights:
+        stored_tensors(weights, path)
         weights.pop("mask_token", None)  # used in pre-training only
         with torch.device("meta"):
             model = DinoV2(**dinov2_sizes(weights, num_heads))
@@ -124,6 +126,8 @@ def dinov2_sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str,
     num_heads = num_heads or max(1, hidden_size // (64 if hidden_size >= 384 else 16))
     if hidden_size % num_heads:
         raise ValueError(f"its width {hidden_size} is not a multiple of {num_heads} heads: pass num_heads")
+    if len(block_numbers) > MAX_DEPTH:
+        raise ValueError(f"{len(block_numbers):,} blocks, expected at most {MAX_DEPTH}")
     registers = weights.get("register_tokens", torch.zeros(0))
     return {
         "hidden_size": hidden_size,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mode
+from zipfile import ZipFile
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,12 @@ def public_file(path: str | Path, kind: str) -> Iterator[dict]:
 
     kind: what the file should be, for the message.
     """
+    if not Path(path).is_file():  # a pipe or a device is not opened
+        raise CheckpointError(f"{path} is no regular file; expected a {kind}: see `flowseg download`")
     try:
+        # Both are zip archives of uncompressed records. Others could be unpacked to any size.
+        with ZipFile(path) as archive:
+            require_bytes("records", sum(record.file_size for record in archive.infolist()), path)
         yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # foreign bytes make torch.load raise anything at all
         # PyTorch puts the reason behind this label, and behind the reason advice to switch the safety off.
@@ -44,6 +50,29 @@ def public_file(path: str | Path, kind: str) -> Iterator[dict]:
         reason = text.strip().splitlines()[0].split(". ")[0]
         message = f"{path} is no {kind}, or damaged ({reason}); download it again"
         raise CheckpointError(message) from error
+
+
+def stored_tensors(state: dict, path: str | Path) -> dict[str, Tensor]:
+    """Return `state` if it is what a small file can hold; ValueError names what is not.
+
+    A file of a few bytes can describe tensors that repeat a number a billion times.
+    """
+    total = 0
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(f"{name} is no tensor of floating-point numbers")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(f"{name} has {tuple(value.shape)} numbers, more than are stored")
+        total += value.nbytes
+    require_bytes("tensors", total, path)
+    return state
+
+
+def require_bytes(kind: str, total: int, path: str | Path) -> None:
+    """Raise ValueError if a file says that it holds more bytes than it has."""
+    size = Path(path).stat().st_size
+    if total > size:
+        raise ValueError(f"its {kind} take {total:,} bytes, more than the file has")
 
 
 def import_pixnerd(path: str | Path) -> FlowSeg:
@@ -77,6 +106,7 @@ def read_pixnerd(path: str | Path) -> Network:
     with public_file(path, "PixNerd checkpoint") as file:
         state = file["state_dict"]
         found = {name: value for name, value in state.items() if not name.startswith(SKIPPED)}
+        stored_tensors(found, path)
         config = pixnerd_config({name: value.shape for name, value in found.items()})
         with torch.device("meta"):  # shapes without values
             network = Network(config)

@@ -81,10 +81,12 @@ def introduce(run, origin: str | Path) -> None:
     network = run.model.config
     millions = sum(parameter.numel() for parameter in run.ema.parameters()) / 1e6
     bits = "bfloat16" if run.bfloat16 else "float32"
+    states = f"{network.encoding} centroids in {network.encoding_dims} dimensions"
+    teacher = f", aligned with {config.teacher}" if config.teacher else ""
     for line in (
         f"data: {run.data.name}, {len(run.data):,} training images, {network.num_classes} classes",
         f"network: preset {config.preset}, {millions:.1f} M parameters, {bits}, from {origin}",
-        f"flow: {network.objective}, {network.encoding} centroids in {network.encoding_dims} dimensions",
+        f"flow: {network.objective}, {states}{teacher}",
         f"run: {run.folder}, {config.max_steps:,} steps of {config.batch_size} images on "
         f"{run.world} x {run.device}",
     ):

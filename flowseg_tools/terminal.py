@@ -50,9 +50,9 @@ class Steady:
         return self.error is not None and not isinstance(self.error, BrokenPipeError)
 
 
-def printable(text: str) -> str:
-    """The text in one line, with control characters escaped: names of files and classes may hold any."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: object) -> str:
+    """A text whose control characters are escaped, since it may quote a file or a server."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
 
 
 def describe_error(error: Exception) -> tuple[str, int]:

@@ -171,7 +171,11 @@ FAULTS = {
     "25 faults: head.0 is (1,), expected nothing": lambda w: w.update(
         {f"head.{i}": torch.zeros(1) for i in range(25)}),
     "blocks.0.attn.qkv.bias is missing": lambda w: [w.pop(k) for k in [*w] if k.startswith("blocks")][:0],
-    "'int' object has no attribute": lambda w: w.update(epoch=3),
+    "epoch is no tensor of floating-point numbers": lambda w: w.update(epoch=3),
+    "cls_token has (1, 1, 32) numbers, more than are stored": lambda w: w.update(
+        cls_token=torch.zeros(1).expand(1, 1, 32)),
+    "101 blocks, expected at most 100": lambda w: w.update(
+        {f"blocks.{i}.ls1.gamma": torch.zeros(32) for i in range(101)}),
     "Unsupported global: GLOBAL pathlib": lambda w: w.update(path=Path("x")),
 }  # fmt: skip
 
@@ -190,18 +194,17 @@ def test_what_does_not_fit_is_named(tmp_path, message):
 
 def test_other_files_are_named(tmp_path):
     whole, path = (GOLDEN / "dinov2_tiny.pth").read_bytes(), tmp_path / "bad.pth"
-    reasons = {b"": "mmap", whole[:-10]: "failed finding central directory", b"no zip file" * 99: "mmap",
-               whole[:1000] + bytes(400) + whole[1400:]: "Unsupported operand"}  # fmt: skip
-    for content, reason in reasons.items():
+    for content in (b"", whole[:-10], b"no zip file" * 99, whole[:1000] + bytes(400) + whole[1400:]):
         path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=rf"bad.pth is no DINOv2 .*damaged \(.*{reason}.*\); down"):
+        with pytest.raises(CheckpointError, match=r"bad.pth is no DINOv2 .*damaged \(.+\); download"):
             load_dinov2(path)
-    for content, reason in ((torch.zeros(3), "no attribute 'pop'"), ({}, "no mode")):
+    for content, reason in ((torch.zeros(3), "no attribute"), ({}, "no mode"), ([3], "no attribute")):
         torch.save(content, path)
         with pytest.raises(CheckpointError, match=reason):
             load_dinov2(path)
-    with pytest.raises(CheckpointError, match="No such file"):
-        load_dinov2(tmp_path / "absent.pth")
+    for place in (tmp_path / "absent.pth", tmp_path, Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="no regular file"):
+            load_dinov2(place)
     with pytest.raises(CheckpointError, match="its width 32 is not a multiple of 3 heads: pass num_heads"):
         load_dinov2(GOLDEN / "dinov2_tiny.pth", 3)
 
@@ -325,7 +328,7 @@ def test_alignment_is_learned_said_and_not_exported(tmp_path):
     console, path = Console(soft_wrap=True), stored(tmp_path, registers=2)
     with console.capture() as said:
         run(tmp_path / "with", f"teacher={path}", "warmup_steps=5", max_steps=40, console=console)
-    assert f"alignment with {path}" in said.get()
+    assert str(path) in said.get()
     lines = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
     values = [line["repa_loss"] for line in lines if "repa_loss" in line]
     assert len(values) == 40
@@ -336,7 +339,7 @@ def test_alignment_is_learned_said_and_not_exported(tmp_path):
     exported = load_file(tmp_path / "with" / "last.safetensors")
     with console.capture() as said:
         run(tmp_path / "without", max_steps=1, console=console)
-    assert "alignment off" in said.get()
+    assert "aligned" not in said.get()
     assert exported.keys() == load_file(tmp_path / "without" / "last.safetensors").keys()
     model = FlowSeg.load(tmp_path / "with" / "last.safetensors")
     assert weights_hash(model) == model.info.protocol["weights"]
@@ -429,5 +432,5 @@ def test_mistakes_are_named_on_the_command_line(tmp_path):
     command = "train", *QUICK, "--max-steps", 1, "--set", "teacher=bad.pth"
     fails(flowseg(*command, cwd=tmp_path), 5, "bad.pth is no DINOv2 ViT-S, B or L, or damaged")
     assert [file.name for file in tmp_path.iterdir()] == ["bad.pth"]  # and no run
-    with pytest.raises(RunError, match="repa_depth is 0; expected at least 1"):
+    with pytest.raises(RunError, match="repa_depth is 0; expected"):
         resolve({}, ["repa_depth=0"])

@@ -2,6 +2,9 @@
 
 import os
 import random
+import socket
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -169,12 +172,13 @@ def test_unknown_keys_are_named_and_the_rest_counted(tmp_path):
 def test_files_that_are_no_checkpoint_leave_nothing_behind(tmp_path):
     path, model = tmp_path / "x.ckpt", FlowSeg(config_of(5))
     whole = write(path, TINY).read_bytes()
-    for content in (None, b"", b"hello, world", whole[: len(whole) // 2], whole[:-1]):
-        path.unlink(missing_ok=True)
-        if content is not None:
-            path.write_bytes(content)
+    for content in (b"", b"hello, world", whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"x\.ckpt is no PixNerd checkpoint, or damaged \("):
             start_from(model, path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"x\.ckpt"):
+        start_from(model, path)
     for content in (
         {"state_dict": TINY | {"ema_denoiser.text": "text"}},
         {"state_dict": torch.nn.Linear(2, 2)},
@@ -189,6 +193,83 @@ def test_files_that_are_no_checkpoint_leave_nothing_behind(tmp_path):
         assert caught.value.exit_code == 5 and "\n" not in str(caught.value)
         assert "weights_only" not in str(caught.value)  # the advice to switch the safety off
     assert [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+# ---------------------------------------------------------------- files that are small and say they are large
+
+
+def of_shape(shape, strides):
+    """A tensor of many numbers in a storage of few."""
+    return torch.zeros(16).as_strided(shape, strides)
+
+
+BOMBS = {
+    "expanded": lambda v: torch.zeros(1).expand(10**6, 10**6),
+    "overlapping": lambda v: of_shape((8, 8), (1, 1)),
+    "of no numbers": lambda v: v.to(torch.int64),
+    "sparse": lambda v: v.to_sparse(),
+    "without values": lambda v: v.to("meta"),
+    "complex": lambda v: v.to(torch.complex64),
+    "huge and shared": lambda v: BIG.view(-1)[: 2**20],
+    "a list": lambda v: [v],
+}
+BIG = torch.zeros(2**20)
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_tensors_that_are_not_stored_as_they_are_described_are_refused(kind, tmp_path):
+    state = {name: value.clone() for name, value in TINY.items()}
+    for key in KEYS[:3] if kind == "huge and shared" else KEYS[:1]:
+        changed(key, BOMBS[kind])(state)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"x\.ckpt") as caught:
+        import_pixnerd(write(tmp_path / "x.ckpt", state))
+    assert time.monotonic() - began < 5 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "reason"), [(5000, "tensors take"), (1100, "depth")])
+def test_thousands_of_blocks_are_refused_before_a_network_is_made(number, reason, tmp_path):
+    state = dict(public(drawn(Network, config_of(hidden_size=4, num_heads=1))))
+    block = {key: value for key, value in state.items() if key.startswith("ema_denoiser.blocks.0.")}
+    for i in range(4, number):
+        for key, value in block.items():
+            state[key.replace("blocks.0", f"blocks.{i}")] = value.clone() if number < 5000 else value
+    path = write(tmp_path / "x.ckpt", state)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=reason):
+        import_pixnerd(path)
+    assert time.monotonic() - began < 10
+
+
+def test_records_that_grow_when_they_are_read_are_refused(tmp_path):
+    path = write(tmp_path / "x.ckpt", TINY)
+    with (
+        zipfile.ZipFile(path) as archive,
+        zipfile.ZipFile(tmp_path / "y.ckpt", "w", zipfile.ZIP_DEFLATED) as other,
+    ):
+        for record in archive.infolist():
+            zeros = bytes(10**8) if record.filename.endswith("data.pkl") else b""
+            other.writestr(record.filename, archive.read(record) + zeros)
+    with pytest.raises(CheckpointError, match="records take"):
+        import_pixnerd(tmp_path / "y.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "socket"])
+def test_only_regular_files_are_opened(kind, tmp_path):
+    for suffix in ("ckpt", "safetensors"):
+        path = tmp_path / f"x.{suffix}"
+        if kind == "pipe":
+            os.mkfifo(path)  # opening it would wait for ever
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        else:
+            with socket.socket(socket.AF_UNIX) as own, pytest.MonkeyPatch.context() as patch:
+                patch.chdir(tmp_path)  # the name of a socket is short
+                own.bind(path.name)
+        with pytest.raises(CheckpointError, match=rf"x\.{suffix}"):
+            start_from(FlowSeg(config_of(5)), path)
 
 
 # ---------------------------------------------------------------- starting from one
