@@ -768,7 +768,7 @@ class CheckpointInfo:
             kinds = (int, str) if name in ("ids", "ignore") else (str,)
             values = getattr(self, name)
             good = type(values) in (list, tuple) and all(type(value) in kinds for value in values)
-            if not good or (name in ("classes", "ids") and len(set(values)) < len(values)):
+            if not good or (name != "colors" and len(set(values)) < len(values)):
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{name} is {values!r}; expected a list of different values, {expected}")
             object.__setattr__(self, name, tuple(values))  # JSON has lists only
