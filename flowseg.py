@@ -76,7 +76,7 @@ WINDOWS = "The whole image at once, or square windows that overlap by a third."
 Mode = Annotated[Literal["whole", "slide"], Option(rich_help_panel=METHOD, help=WINDOWS)]
 Flip = Annotated[bool, flag(METHOD, "--flip", "Average with the mirror image.")]
 Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, cpu, cuda, cuda:1 or mps.")]
-Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results and errors only.", "-q")]
+Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results, warnings and errors only.", "-q")]
 Json = Annotated[bool, flag(OUTPUT, "--json", "Print the result as JSON.")]
 PHOTOS = "Photos, folders or globs; - reads a photo from stdin."
 WHERE = "Mask of one photo (.png), or a folder."
@@ -515,6 +515,9 @@ def main() -> None:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     for name in ("stdout", "stderr"):
         setattr(sys, name, Steady(getattr(sys, name)))
+    for i, word in enumerate(sys.argv[:-1]):
+        if word == "--json" and sys.argv[i + 1].endswith(".json"):
+            sys.argv[i] = "--report"  # its earlier name, which scripts may still use
     try:
         code = app(prog_name="flowseg", standalone_mode=False)
     except KeyboardInterrupt:
