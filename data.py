@@ -12,22 +12,32 @@ import os
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 IGNORE = 255  # the train id of pixels that count neither in the loss nor in the score
 SPLITS = ("training", "validation", "test")
 TABLES_DIR = Path(__file__).parent / "flowseg_tools/tables/labels"
 TABLES = {path.stem: path for path in sorted(TABLES_DIR.glob("*.toml"))}
-LAYOUT = "images/<split>/, annotations/<split>/ and dataset.toml with the line: classes = ['sky', 'road']"
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # no other decoder ever sees a user's bytes
-SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {".jpg": "JPEG", ".tif": "TIFF"}
+KEYS = {"name": "", "classes": [], "ids": [], "ignore": [], "splits": [], "validation": 0.0,
+        "colors": [], "clear": [],
+        "images": "images/{split}/*", "masks": "annotations/{split}/*"}  # fmt: skip
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no other decoder ever sees a user's bytes
+SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {
+    ".jpg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}  # fmt: skip
+FOREIGN = {".heic": "HEIC", ".heif": "HEIC", ".jp2": "JPEG 2000", ".psd": "Photoshop", ".dng": "raw"}
+LOSSY = {"JPEG", "MPO", "AVIF", "HEIF", "jpeg", "tiff_jpeg", "webp"}  # formats, and compressions of a TIFF
+LITTER = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")  # folders that systems make
 MAX_PIXELS = 250_000_000  # a larger picture is taken for a decompression bomb
 
 
@@ -73,169 +83,360 @@ class LabelTable:
     """Raw mask value -> train id -> class name. A raw value outside of it is an error, never a guess."""
 
     classes: tuple[str, ...]  # names in train-id order
-    ids: tuple[int, ...]  # raw value of each class, 0..65535
-    ignore: tuple[int, ...]  # raw values that become 255
+    ids: tuple[int | str, ...]  # raw value of each class: all numbers in 0..65535, or all colours "#rrggbb"
+    ignore: tuple[int | str, ...]  # raw values that become 255
+    colors: tuple[str, ...] = ()  # of the classes in pictures; none: those of the centroids
+    clear: tuple[str, ...] = ()  # classes that overlays leave as they are
+
+    @property
+    def colours(self) -> bool:
+        return isinstance(self.ids[0], str)
+
+    @property
+    def values(self) -> np.ndarray:
+        """The numbers of ids, then of ignore; that of the colour "#rrggbb" is 0xRRGGBB."""
+        return np.array([int(str(raw).replace("#", "0x"), 0) for raw in self.ids + self.ignore])
+
+    @cached_property
+    def _lookup(self) -> np.ndarray:
+        """Train id + 1 of every number, or 0 where the table has none."""
+        lookup = np.zeros(1 << 24 if self.colours else 1 << 16, np.uint16)
+        lookup[self.values] = IGNORE + 1
+        lookup[self.values[: len(self.ids)]] = np.arange(len(self.ids)) + 1
+        return lookup
 
     def to_train(self, raw: np.ndarray, where: str) -> np.ndarray:
-        """Map (H, W) raw integers to (H, W) uint8 train ids; DataError names `where` and an unknown value."""
-        lookup = np.zeros(65536, np.uint16)  # train id + 1; 0 stands for a value that the table lacks
-        lookup[list(self.ids)] = np.arange(len(self.ids)) + 1
-        lookup[list(self.ignore)] = IGNORE + 1
-        if raw.min() >= 0 and raw.max() < len(lookup) and (labels := lookup[raw]).all():
+        """Map (H, W) raw numbers to (H, W) uint8 train ids; DataError names `where` and an unknown value."""
+        if raw.min() >= 0 and raw.max() < len(self._lookup) and (labels := self._lookup[raw]).all():
             return (labels - 1).astype(np.uint8)
-        value = np.setdiff1d(raw, self.ids + self.ignore)[0]
-        fix = f"expected ids in {min(self.ids)}..{max(self.ids)}; add it to one list in dataset.toml"
+        values = self.values
+        value = np.setdiff1d(raw, values)[0]
+        known = f"{min(values)}..{max(values)}"
+        if self.colours:  # red, green and blue are compared, 8 bits each
+            distance = (values[:, None] >> [16, 8, 0] & 255) - (value >> np.array([16, 8, 0]) & 255)
+            known = f"#{values[(distance**2).sum(1).argmin()]:06x}, the nearest colour,"
+            value = f"#{value:06x}"
+        fix = f"expected {known} or others of them; add it to one of them in dataset.toml"
         raise DataError(f"{where}: raw value {value} is in neither ids nor ignore; {fix}", "unknown value")
 
 
-def _different(given: dict, key: str, kind: type, default: list) -> tuple:
-    """Return the list under `key`, whose values must be different and of one kind; ValueError otherwise."""
-    found = given.get(key, default)
-    right = isinstance(found, list) and all(type(value) is kind for value in found)
-    if not right or len(set(found)) < len(found):
-        raise ValueError(f"{key} is {found!r}; expected a list of different {kind.__name__} values")
-    return tuple(found)
+def _require(good: bool, problem: str) -> None:
+    if not good:
+        raise ValueError(problem)
 
 
-def _parse_toml(path: Path) -> tuple[str, LabelTable, dict[str, str]]:
-    """Return name, label table and the folder of each split; ValueError says what is wrong."""
-    given = tomllib.loads(path.read_text(encoding="utf-8"))
-    known = ("name", "classes", "ids", "ignore", "splits")
-    for key in given:
-        if key not in known:
-            raise ValueError(f"unknown key {key!r}; expected {', '.join(known)}{nearest(key, known)}")
-    name = given.get("name", "")
-    if not isinstance(name, str):
-        raise ValueError(f"name is {name!r}; expected a string")
-    folders = _different(given, "splits", str, [*SPLITS])
-    if len(folders) not in (2, 3):
-        raise ValueError(f"splits is {list(folders)}; expected the 2 or 3 folders of {', '.join(SPLITS)}")
-    classes = _different(given, "classes", str, [])
-    ids = _different(given, "ids", int, [*range(len(classes))])
-    ignore = _different(given, "ignore", int, [])
-    if not 1 <= len(classes) <= IGNORE:
-        raise ValueError(f"classes has {len(classes)} names; expected 1 to 255, since train id 255 is void")
-    if len(ids) != len(classes) or any(not 0 <= value <= 65535 for value in ids + ignore):
-        raise ValueError(
-            f"ids has {len(ids)} values for {len(classes)} classes; expected one each in 0..65535"
-        )
-    if both := set(ids) & set(ignore):
-        raise ValueError(f"raw values {sorted(both)} are in both ids and ignore; keep one")
-    return name, LabelTable(classes, ids, ignore), dict(zip(SPLITS, folders, strict=False))
+def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
+    """Return all keys of a dataset.toml, defaults from KEYS, and its table; ValueError says what is wrong."""
+    content = path.read_bytes()
+    _require(b"\0" not in content, "is not UTF-8 but probably UTF-16; save it as UTF-8")
+    given = tomllib.loads(content.decode("utf-8-sig"))  # with or without a byte-order mark
+    for key, value in given.items():
+        _require(key in KEYS, f"unknown key {key!r}; expected {', '.join(KEYS)}{nearest(key, KEYS)}")
+        kind = type(KEYS[key])
+        _require(type(value) is kind, f"{key} is {value!r}; expected a {kind.__name__}")
+        if key in ("classes", "splits"):
+            different = all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+            _require(different, f"{key} is {value!r}; expected a list of different strings")
+    keys = KEYS | given
+    for key in ("images", "masks"):
+        starred = keys[key].count("*") == keys["images"].count("*") > 0
+        _require(starred, f"{key} is {keys[key]!r}; expected a pattern with *, as many as images has")
+
+    # The test split is optional. A share for validation is taken out of the training split.
+    share = keys["validation"]
+    _require(0 <= share < 1, f"validation is {share}; expected a share below 1, such as 0.2")
+    tested = (root / keys["images"].partition("{split}")[0] / "test").is_dir()
+    splits = keys["splits"] or (["training"] if share else SPLITS[: 2 + tested])
+    splits = [*splits[:1], *splits] if share else splits
+    _require(len(splits) in (2, 3), f"splits is {keys['splits']}; expected those of {', '.join(SPLITS)}")
+    keys["splits"] = dict(zip(SPLITS, splits, strict=False))
+
+    # Raw values are all numbers or all colours, and each stands in one place.
+    N = len(keys["classes"])
+    fix = "expected 2 to 255; what is no object is a class, too, such as 'background'"
+    _require(2 <= N <= IGNORE, f"classes has {N} names; {fix}")
+    ids = keys["ids"] or list(range(N))
+    _require(len(ids) == N, f"ids has {len(ids)} values for {N} classes; expected one for each")
+    raw = [value.lower() if isinstance(value, str) else value for value in ids + keys["ignore"]]
+    for value in raw:
+        number = type(value) is int and 0 <= value <= 65535
+        colour = type(value) is str and re.fullmatch("#[0-9a-f]{6}", value)
+        right = (number or colour) and type(value) is type(raw[0])
+        _require(right, f"ids or ignore has {value!r}; expected all in 0..65535, or all such as '#00ff80'")
+        _require(raw.count(value) == 1, f"ids and ignore have {value!r} {raw.count(value)} times; keep one")
+
+    # For pictures: the colours of classes, and classes that overlays leave as they are.
+    colors = [color.lower() if isinstance(color, str) else "" for color in keys["colors"]]
+    right = len(colors) in (0, N) and all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
+    _require(right, f"colors is {keys['colors']!r}; expected one for each of {N} classes, such as '#00ff80'")
+    for name in keys["clear"]:
+        known = f"expected names of classes{nearest(str(name), keys['classes'])}"
+        _require(name in keys["classes"], f"clear has {name!r}; {known}")
+    return keys, LabelTable(
+        tuple(keys["classes"]), tuple(raw[:N]), tuple(raw[N:]), tuple(colors), tuple(keys["clear"])
+    )
 
 
 # ---- pictures ----
-def read_photo(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Return the photo in a file, or in its bytes, as upright 8-bit RGB; PictureError names the file.
-    Transparency becomes white. Only the first frame is read; info["frames"] is the number of frames."""
+def _read(source: str | Path | bytes, max_pixels: int, convert: Callable):
+    """Decode a picture, turn it upright and return what `convert` makes of it; PictureError names the file.
+    Its info has "frames", "orientation" (of EXIF) and "layout" (how the file stores values, to Pillow)."""
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit is only raised
     where = "standard input" if isinstance(source, bytes) else source
+    formats = FORMATS
     try:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        image = Image.open(BytesIO(content), formats=FORMATS)
+        if content[4:8] == b"ftyp":
+            with suppress(ImportError):  # HEIC is read if somebody has installed its decoder
+                import_module("pillow_heif").register_heif_opener()
+                formats = (*FORMATS, "HEIF")
+        image = Image.open(BytesIO(content), formats=formats)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-        image.load()  # here, outside of the suppression below, so that damaged pixels are an error
-        with suppress(Exception):  # damaged EXIF costs the turn, not the photo
-            ImageOps.exif_transpose(image, in_place=True)
-        photo = _to_rgb(image)
+        bits = {"1": 1, "L": 8}.get(image.mode)  # what Pillow takes for granted in the following cases
+        signed = image.format == "TIFF" and bits == 8 and image.tag_v2.get(339) == (2,)
+        if signed or (image.format == "BMP" and bits not in (None, content[28])):
+            raise ValueError("its numbers are stored in a way that Pillow gets wrong")
+        image.info |= {"frames": 1, "orientation": 1, "layout": str(image.tile[0].args) if image.tile else ""}
+        if image.format == "WEBP" and b"VP8L" not in content:
+            image.info["compression"] = "webp"
         with suppress(Exception):  # frames are counted in another object, because counting leaves the first
-            photo.info["frames"] = Image.open(BytesIO(content), formats=FORMATS).n_frames
-        return photo
+            image.info["frames"] = Image.open(BytesIO(content), formats=formats).n_frames
+        with suppress(Exception):  # damaged EXIF costs the turn, not the photo
+            image.info["orientation"] = image.getexif().get(0x0112, 1)
+        image.load()
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        return convert(image)
     except Image.DecompressionBombError as error:
         fix = f"over {max_pixels:,} pixels; if you trust it, raise --max-pixels (max_pixels)"
         raise PictureError(f"{where}: {error}, which is {fix}") from error
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = getattr(error, "strerror", None) or error
+        fix = f"give a {', '.join(FORMATS)} file"
         if isinstance(error, UnidentifiedImageError):
-            reason = "not a picture" if content else "empty file"
-        raise PictureError(f"{where}: cannot be read ({reason}); give a {', '.join(FORMATS)} file") from error
+            reason, fix = _foreign(content, Path(where).suffix.lower(), fix)
+        raise PictureError(f"{where}: cannot be read ({reason}); {fix}") from error
+
+
+def _foreign(content: bytes, suffix: str, fix: str) -> tuple[str, str]:
+    """Return what a file is that no decoder takes, and what to do."""
+    with suppress(Exception):
+        tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
+        file = BytesIO(content)
+        file.seek(tags.next)
+        tags.load(file)
+        kind = {1: "integers", 2: "signed integers", 3: "floating-point numbers"}[tags.get(339, (1,))[0]]
+        return f"a TIFF of {tags.get(277, 1)} bands of {tags[258][0]}-bit {kind}", "export 8-bit RGB"
+    kind = "HEIC" if content[4:8] == b"ftyp" else FOREIGN.get(suffix)
+    return (kind, "convert it to JPEG") if kind else ("not a picture" if content else "empty file", fix)
+
+
+def read_photo(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return the photo in a file, or in its bytes, as upright 8-bit RGB; PictureError names the file.
+    Transparency is white. info has "frames", "orientation" and "remarks": a list of what else was changed."""
+    return _read(source, max_pixels, _to_rgb)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB: transparency becomes white, more than 8 bits are scaled to 8."""
+    remarks = []
+    info = {"frames": image.info["frames"], "orientation": image.info["orientation"], "remarks": remarks}
     if image.mode[0] in "IF":  # integers and floats, which Pillow would clip at 255
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        peak = 65535 if image.mode.startswith("I;") else values.max()
-        full = next((top for top in (1, 255, 65535) if peak <= top), peak)  # a guess, but for I;16
-        image = Image.fromarray(np.rint((values / full).clip(0, 1) * 255).astype(np.uint8))
+        values = np.asarray(image, np.float64)
+        valid = np.isfinite(values) & (abs(values) < 1e30)
+        with suppress(Exception):  # the tag by which GDAL says what stands for "no data"
+            valid &= values != float(image.tag_v2[42113].strip("\0"))
+        low, high = values[valid].min(), values[valid].max()
+        if image.mode.startswith("I;"):  # 16 bits, whose full scale is known
+            low, high = 0, 65535
+        elif low >= 0 and high <= 255:
+            low, high = 0, 255 if high > 1 else 1
+        else:
+            remarks.append(f"the values {low:g}..{high:g} are scaled to 0..255")
+        if not valid.all():
+            remarks.append(f"{np.count_nonzero(~valid)} pixels without a finite value are black")
+        grey = np.where(valid, (values - low) / max(high - low, 1e-30), 0)
+        image = Image.fromarray(np.rint(grey * 255).astype(np.uint8))
+    if image.format == "TIFF" and image.mode == "RGBA" and 338 not in image.tag_v2:
+        remarks.append("the fourth band, which is not marked as transparency, is left out")
+        image = image.convert("RGB")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = info
+    return image
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Return the raw values (H, W) of a mask, of a palette image its indices; DataError names the file."""
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        raise DataError(f"{path}: a mask saved as JPEG, which changes its values; save masks as PNG", "JPEG")
-    try:
-        with Image.open(path) as image:
-            mask = ImageOps.exif_transpose(image)
-    except Exception as error:  # decoders raise anything on damaged bytes
-        raise DataError(f"{path}: cannot be read ({error}); replace or remove it", "damaged mask") from None
-    if mask.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-        fix = "expected one value per pixel; save it as 8-bit grey or palette PNG"
-        raise DataError(f"{path}: a mask saved as {mask.mode}; {fix}", f"mode {mask.mode}")
-    return np.array(mask, np.int32 if mask.mode.startswith("I") else np.uint8)
+def read_mask(path: Path, colours: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Return the numbers (H, W) that a mask stores: values, palette indices, or 0xRRGGBB if `colours`.
+    DataError: they cannot be read exactly. PictureError: they cannot be read at all."""
+    values = _read(path, max_pixels, lambda image: _stored(image, colours))
+    if isinstance(values, str):
+        raise DataError(f"{path}: a mask {values}", values)
+    return values
+
+
+def _stored(image: Image.Image, colours: bool) -> np.ndarray | str:
+    """Return the numbers that a mask stores, or what keeps them from being exact, and the fix."""
+    layout = image.info["layout"]
+    if LOSSY & {image.format, image.info.get("compression")}:
+        return f"saved as {image.format} with loss, which changes its values; save masks as PNG"
+    if image.info["frames"] > 1:
+        return f"of {image.info['frames']} pages; save the one with the labels as PNG"
+    if len(image.getbands()) > 1 and ";1" in layout:
+        return "of 16-bit colours, which are read as 8-bit; save masks as 8-bit PNG"
+    if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):
+        image = image.convert(image.mode[:-1])
+    if image.mode not in ("1", "L", "P", "RGB") and (colours or image.mode not in ("I", "I;16", "I;16B")):
+        return f"in mode {image.mode}; save masks as 8-bit PNG, in RGB if ids are colours"
+
+    if colours:  # those that are shown, whether pixel by pixel, by a palette or as grey
+        packed = np.frombuffer(image.convert("RGB").tobytes("raw", "BGRX"), "<u4")
+        return packed.reshape(image.height, image.width)
+    values = np.asarray(image)
+    if image.mode == "RGB":
+        if (values != values[..., :1]).any():
+            return "of colours, but ids are numbers; write ids = ['#rrggbb', ..], which flowseg init lists"
+        values = values[..., 0]
+    elif image.mode in ("1", "L"):  # Pillow shows 1 as `step` if there are few bits, and inverts
+        step = 255 if image.mode == "1" else 85 if ";2" in layout else 17 if ";4" in layout else 1
+        values = np.asarray(image.convert("L")) // step
+        if re.search(r";\d?I", layout):
+            values = 255 // step - values
+    elif image.format == "GIF":  # which has no grey but that of its palette
+        red, green, blue = (image.getpalette()[k::3] for k in range(3))
+        if red == green == blue:
+            values = np.asarray(image.convert("L"))
+    return values
 
 
 # ---- folder data sets ----
-def _by_stem(folder: Path) -> dict[str, Path]:
-    """Return the pictures below a folder by relative path without suffix, in natural order, none hidden."""
-    found: dict[str, Path] = {}
-    order = {path: re.sub(r"\d+", lambda n: n[0].zfill(20), str(path)) for path in folder.rglob("*")}
-    for path in sorted(order, key=lambda path: (order[path], path)):  # a2 before a10
-        name = path.relative_to(folder)
-        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in name.parts):
+def scan(folder: Path, refused: dict[Path, str] | None = None) -> Iterator[Path]:
+    """Yield the regular files below a folder, also through links, but enter no folder twice. Hidden names are
+    left out, and folders that systems make or that are named like a picture. A link that leads nowhere is
+    yielded, so that reading names it. refused: gets the folders that cannot be listed, else an OSError."""
+    entered = set()
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        place = waiting.pop()
+        try:
+            status = place.stat()
+            identity = (status.st_dev, status.st_ino)
+            names = [] if identity in entered else os.listdir(place)
+            entered.add(identity)
+        except OSError as error:
+            if refused is None:
+                raise
+            refused[place] = error.strerror or str(error)
             continue
-        if (other := found.setdefault(name.with_suffix("").as_posix(), path)) != path:
-            raise DataError(f"{path}: has the same stem as {other.name}; keep one of them")
+        for path in (place / name for name in names if not name.startswith(".")):
+            if os.path.isdir(path):
+                if path.name not in LITTER and path.suffix.lower() not in SUFFIXES:
+                    waiting.append(path)
+            elif os.path.isfile(path) or not os.path.exists(path):
+                yield path
+
+
+def match(root: Path, pattern: str) -> dict[str, Path]:
+    """Return the files that fit a pattern by what its * stands for, in natural order: a2 before a10."""
+    head, _, tail = pattern.partition("*")
+    above, _, lead = head.rpartition("/")
+    parts = [re.escape(part) for part in (lead, *tail.split("*"))]
+    parts[-1] = parts[-1] or "|".join(re.escape(suffix) for suffix in (*SUFFIXES, *FOREIGN))
+    fits = re.compile("(.+)".join(f"(?:{part})" for part in parts), re.IGNORECASE)
+    files = {path.relative_to(root / above).as_posix(): path for path in scan(root / above)}
+    order = {name: re.sub(r"\d+", lambda digits: digits[0].zfill(20), name) for name in files}
+    found: dict[str, Path] = {}
+    for name in sorted(files, key=lambda name: (order[name], name)):
+        if fit := fits.fullmatch(name):
+            key = normalize("NFC", "/".join(fit.groups()))  # macOS writes letters with accents in two parts
+            other = found.setdefault(key, files[name])
+            if other != files[name]:
+                raise DataError(f"{files[name]}: has the same stem as {other.name}; keep one of them")
     return found
 
 
 class FolderDataset:
-    """The pairs of images/<split>/ and annotations/<split>/ with equal stems, and dataset.toml, or `toml`.
-    What is missing raises DataError; if not `strict`, `unpaired` has a line for each kind of it."""
+    """The pairs of images and masks of one split of a folder with a dataset.toml, or the name of a table.
+    What is missing raises DataError; if not `strict`, `unpaired` has a line for each kind of it. `left_out`
+    has the images without a mask where a list or a share chooses."""
 
     augment = True
+    max_pixels = MAX_PIXELS
 
-    def __init__(self, root: Path, split: str, strict: bool = True, toml: Path | None = None):
-        root = Path(root)
-        toml = toml or root / "dataset.toml"
+    def __init__(self, root: Path, split: str, strict: bool = True):
+        self.root = Path(root)
+        self.split = split
+        toml = self.root / "dataset.toml"
         if not toml.is_file():
-            raise DataError(f"{root}: has no dataset.toml; expected a folder with {LAYOUT}")
+            toml = TABLES.get(self.root.name, toml)
         try:
-            name, self.labels, folders = _parse_toml(toml)
+            keys, self.labels = _parse_toml(toml, self.root)
+        except FileNotFoundError:
+            fix = f"flowseg init {shlex.quote(str(root))} drafts it"
+            raise DataError(f"{root}: has no dataset.toml; {fix}") from None
         except ValueError as error:
             raise DataError(f"{toml}: {error}") from None
-        self.name = name or root.resolve().name
-        self.split = split
-        self.splits = tuple(folders)
-        if split not in folders:
-            raise DataError(f"{self.name} has no {split} split; expected {' or '.join(folders)}")
+        self.name = keys["name"] or self.root.resolve().name
+        self.splits = tuple(keys["splits"])
+        if split not in self.splits:
+            raise DataError(f"{self.name} has no {split} split; expected {' or '.join(self.splits)}")
 
-        dirs = [root / kind / folders[split] for kind in ("images", "annotations")]
-        images, masks = (_by_stem(folder) for folder in dirs)
-        self.pairs = [(images[stem], masks[stem]) for stem in images if stem in masks]
+        # The files that fit the patterns. What is a mask is no image, although it may fit both.
+        list_file = self.root / keys["splits"][split]
+        listed = list_file.is_file()
+        place = list_file.stem if listed else keys["splits"][split]
+        patterns = [keys[kind].replace("{split}", place) for kind in ("images", "masks")]
+        images, masks = (match(self.root, pattern) for pattern in patterns)
+        taken = set(masks.values())
+        images = {key: path for key, path in images.items() if path not in taken}
+        share = keys["validation"]
+        if not listed and not share and "{split}" not in keys["images"]:
+            fix = "write {split} in it, list files in splits, or validation = 0.2"
+            raise DataError(f"{toml}: images is {keys['images']!r}, the same for every split; {fix}")
+        faults = []
+        if not images:
+            faults.append(f"{self.root / patterns[0]}: no image fits; {self._remedy(toml)}")
 
-        # What is missing: a folder, all images, or the partners of some files.
-        self.unpaired = []
-        absent = [folder for folder in dirs if not folder.is_dir()]
-        if absent:
-            fix = f"make it, or name the folders by splits in {toml}"
-            if toml in TABLES.values():
-                place = "" if root.parent == data_root() else f" --root {shlex.quote(str(root.parent))}"
-                fix = f"run flowseg download {toml.stem}{place}"
-            self.unpaired = [f"{absent[0]}: no such folder; {fix}"]
-        elif not images:
-            self.unpaired = [f"{dirs[0]}: holds no image; expected a.jpg, say, with {dirs[1]}/a.png"]
-        else:
-            for files, partners, place in ((images, masks, dirs[1]), (masks, images, dirs[0])):
-                alone = [path for stem, path in files.items() if stem not in partners]
-                count = f"{len(alone)} of {len(files)} files have none"
-                self.unpaired += [f"{path}: no file of its stem in {place}; {count}" for path in alone[:1]]
-        if strict and (not self.pairs or len(self.pairs) < len(images)):
-            raise DataError(self.unpaired[0])
+        # A list names its images by what * stands for, or by path. A share of the pairs, the first by a hash
+        # of their names, is held out of training.
+        if listed:
+            known = {path.relative_to(self.root).as_posix(): key for key, path in images.items()}
+            known |= {key: key for key in images}
+            text = normalize("NFC", list_file.read_text(encoding="utf-8-sig"))
+            names = [line.strip() for line in text.splitlines()]
+            unknown = [name for name in names if name and name not in known]
+            faults += [
+                f"{list_file}: {name!r} is no image; {len(unknown)} such names" for name in unknown[:1]
+            ]
+            images = {known[name]: images[known[name]] for name in names if name in known}
+        alone = [path for key, path in images.items() if key not in masks]
+        pairs = {key: (path, masks[key]) for key, path in images.items() if key in masks}
+        if share and split != "test":
+            ranked = sorted(pairs, key=lambda key: sha256(key.encode()).digest())
+            count = max(1, min(len(ranked) - 1, round(share * len(ranked))))
+            pairs = {key: pairs[key] for key in (ranked[:count] if split == "validation" else ranked[count:])}
+        self.pairs = list(pairs.values())
+
+        # Where a list or a share chooses, images may lack a mask; elsewhere every file needs its partner.
+        self.left_out = alone if listed or share else []
+        if alone and not self.left_out:
+            count = f"{len(alone)} of {len(images)} images have none"
+            faults.append(f"{alone[0]}: no mask fits {self.root / patterns[1]}; {count}")
+        if not pairs and not faults:
+            faults.append(f"{self.root}: no pair for {split}; correct images, masks or splits in {toml}")
+        if strict and faults:
+            raise DataError(faults[0])
+        unused = [path for key, path in masks.items() if not (listed or share or key in images)]
+        count = f"{len(unused)} of {len(masks)} masks have none"
+        faults += [f"{path}: no image fits {self.root / patterns[0]}; {count}" for path in unused[:1]]
+        self.unpaired = faults
+
+    def _remedy(self, toml: Path) -> str:
+        if toml not in TABLES.values():
+            return f"put images there, or correct images and splits in {toml}"
+        above = "" if self.root.parent == data_root() else f" --root {shlex.quote(str(self.root.parent))}"
+        return f"run flowseg download {toml.stem}{above}"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -249,13 +450,16 @@ class FolderDataset:
         """Return the image, its raw mask (H, W), which must have its size, and the mask's path."""
         image_path, mask_path = self.pairs[index]
         try:
-            image = read_photo(image_path)
+            image = read_photo(image_path, self.max_pixels)
+            raw = read_mask(mask_path, self.labels.colours, self.max_pixels)
         except PictureError as error:
-            raise DataError(str(error), "unreadable image") from None
-        raw = read_mask(mask_path)
+            raise DataError(str(error), "unreadable") from None
         if image.size != raw.shape[::-1]:
             sizes = "the image is {} x {} pixels, its mask {} x {}".format(*image.size, *raw.shape[::-1])
-            raise DataError(f"{image_path}: {sizes}; export the mask again, in equal size", "different sizes")
+            fix = "export the mask again, in equal size"
+            if image.info["orientation"] != 1:
+                fix = f"EXIF orientation {image.info['orientation']} turns the image: turn the mask as well"
+            raise DataError(f"{image_path}: {sizes}; {fix}", "different sizes")
         return image, raw, str(mask_path)
 
 
@@ -424,20 +628,24 @@ Dataset = FolderDataset | ShapesDataset
 
 
 def open_dataset(dataset: str, split: str, root: Path | None = None, strict: bool = True) -> Dataset:
-    """Open "shapes", "shapes-fine", a folder below the data root, whose own dataset.toml wins, or a path."""
+    """Open "shapes", "shapes-fine", a folder below the data root, or a path; DataError otherwise."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown; expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
     if dataset in ("shapes", "shapes-fine"):
         return ShapesDataset(split, fine=dataset == "shapes-fine")
-    root = data_root(root)
-    own = (root / dataset / "dataset.toml").is_file()
-    if own or dataset in TABLES:
-        return FolderDataset(root / dataset, split, strict, None if own else TABLES[dataset])
+    named = data_root(root) / dataset
+    if dataset in TABLES or (named / "dataset.toml").is_file():
+        return FolderDataset(named, split, strict)
     if (folder := Path(dataset).expanduser()).is_dir():
         return FolderDataset(folder, split, strict)
-    known = ["shapes", "shapes-fine", *TABLES, *(path.parent.name for path in root.glob("*/dataset.toml"))]
-    hint = f"expected {', '.join(known)} or a folder with {LAYOUT}{nearest(dataset, known)}"
-    raise DataError(f"data set {dataset!r} not found; {hint}")
+    known = [
+        "shapes",
+        "shapes-fine",
+        *TABLES,
+        *(path.parent.name for path in data_root(root).glob("*/dataset.toml")),
+    ]
+    expected = f"{', '.join(known)} or a folder with a dataset.toml, which flowseg init DIR drafts"
+    raise DataError(f"data set {dataset!r} not found; expected {expected}{nearest(dataset, known)}")
 
 
 # ---- training samples ----

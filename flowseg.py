@@ -1,4 +1,4 @@
-"""The `flowseg` command: train, eval, segment, info, download.
+"""The `flowseg` command: train, eval, segment, init, info, download.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 ok, 1 some inputs failed, 2 usage, 3 data,
 4 download, 5 checkpoint, 128 + the number of the signal that ended it. An error is one line; --debug adds the
@@ -6,8 +6,12 @@ traceback. Whatever needs PyTorch is imported inside the command that needs it, 
 """
 
 import json
+import logging
 import os
 import sys
+import traceback
+import warnings
+from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +66,7 @@ DatasetOf = Annotated[Text, value(DATA, "NAME|DIR", "A data set's name, or a fol
 ROOT = "$FLOWSEG_DATA, else ~/.cache/flowseg"
 Root = Annotated[File, value(DATA, "DIR", "Folder of named data sets and weights.", ROOT)]
 Limit = Annotated[Number, value(DATA, "N", "Most images of a split, evenly spaced.", "all", least=1)]
+MaxPixels = Annotated[Number, value(DATA, "N", "Largest picture that is opened.", "250,000,000", least=1)]
 Steps = Annotated[Number, value(METHOD, "N", "Euler steps.", "the checkpoint's", least=1)]
 SIDE = "Pixels that the short side of an image is resized to."
 ShortSide = Annotated[
@@ -74,11 +79,49 @@ Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, 
 Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results and errors only.", "-q")]
 Json = Annotated[bool, flag(OUTPUT, "--json", "Print the result as JSON.")]
 PHOTOS = "Photos, folders or globs; - reads a photo from stdin."
+WHERE = "Mask of one photo (.png), or a folder."
 WRITE = "Write the result as .json."
 Report = Annotated[
     File,
     Option(metavar="FILE", callback=_check_report, rich_help_panel=OUTPUT, help=WRITE, show_default=False),
 ]
+
+
+def _check_report_place(place: Path | None) -> Path | None:
+    """Refuse a report that is neither NAME.json nor a folder."""
+    if place and (place.suffix == ".json" or (place.suffix and not place.is_dir()) or place.is_file()):
+        return _check_report(place)
+    return place
+
+
+def _use_font(file: Path | None) -> None:
+    """Write the text of pictures in another font."""
+    from flowseg_tools import draw
+
+    if file:
+        draw.use_font(file)
+
+
+ReportPlace = Annotated[
+    File,
+    Option(metavar="FILE|DIR", callback=_check_report_place, rich_help_panel=OUTPUT, show_default=False,
+           help="Write the result as .json, or into a folder with pictures."),
+]  # fmt: skip
+COLUMNS = {"name": "name", "iou": "IoU", "acc": "Acc", "pixels": "pixels"}
+SortBy = Literal["id", "name", "iou", "acc", "pixels"]
+Font = Annotated[
+    File,
+    Option(metavar="FILE", callback=_use_font, rich_help_panel=OUTPUT, show_default=False,
+           help="Font (.ttf, .otf) of text in pictures; the built-in one has plain Latin letters."),
+]  # fmt: skip
+
+
+def note_missing_letters(names: Iterable[str]) -> None:
+    """Say which letters of the names the pictures cannot show."""
+    from flowseg_tools import draw
+
+    if missing := draw.missing_letters(names):
+        err.print(f"note: the font of the pictures lacks {missing}: pass --font FILE", style="yellow")
 
 
 def _print_version(wanted: bool) -> None:
@@ -105,11 +148,12 @@ def train(
     dataset: Dataset = None,
     root: Root = None,
     workers: Annotated[Number, value(DATA, "N", "Processes that load images.", "0", least=0)] = None,
+    max_pixels: MaxPixels = None,
     preset: Annotated[Text, value(MODEL, "NAME", "tiny, small, base, large or xl.", "tiny")] = None,
     init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
     objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
     recipe: Annotated[Text, value(TRAINING, "NAME", f"{', '.join(RECIPES)}.", "none")] = None,
-    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "800", least=1)] = None,
+    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "480", least=1)] = None,
     batch_size: Annotated[
         Number, value(TRAINING, "N", "Images per step.", "8", "--batch-size", "--batch", least=1)
     ] = None,
@@ -122,7 +166,7 @@ def train(
     out_dir: Annotated[
         File, value(RUN, "DIR", "Run directory.", "runs/DATASET-PRESET", "--out", "-o")
     ] = None,
-    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "200", least=1)] = None,
+    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "160", least=1)] = None,
     dtype: Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", "bfloat16 on CUDA")] = None,
     compile: Annotated[bool, flag(RUN, "--compile", "Compile the network first (minutes).")] = False,
     deterministic: Annotated[
@@ -142,7 +186,8 @@ def train(
     from flowseg_tools.estimate import cost
 
     options = {
-        "dataset": dataset, "root": root, "num_workers": workers, "preset": preset, "init": init,
+        "dataset": dataset, "root": root, "num_workers": workers, "max_pixels": max_pixels,
+        "preset": preset, "init": init,
         "objective": objective, "recipe": recipe, "max_steps": max_steps, "batch_size": batch_size,
         "crop_size": crop_size, "seed": seed, "save_every": save_every, "dtype": dtype,
         "compile": compile or None, "deterministic": deterministic or None,
@@ -180,24 +225,39 @@ def evaluate(
     root: Root = None,
     split: Annotated[str, value(DATA, "NAME", "training, validation or test.", "validation")] = "validation",
     limit: Limit = None,
+    max_pixels: MaxPixels = None,
     steps: Steps = None,
     short_side: ShortSide = None,
     mode: Mode = "whole",
     flip: Flip = False,
     device: Device = "auto",
     as_json: Json = False,
-    report: Report = None,
+    report: ReportPlace = None,
+    worst: Annotated[
+        int,
+        Option(
+            metavar="N", min=0, rich_help_panel=OUTPUT, help="Sheets of the worst images in a --report DIR."
+        ),
+    ] = 8,
+    sort: Annotated[SortBy, Option(rich_help_panel=OUTPUT, help="Order of the printed classes.")] = "id",
+    font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
     from rich.progress import track
 
     from data import open_dataset
+    from flowseg_tools import draw
+    from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
+    from flowseg_tools.report import check_writable, sort_classes, write_report
     from train import evaluate
 
+    if report:
+        check_writable(report.parent if report.suffix else report)
     model = load(checkpoint or weights, device)
     data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
+    data.max_pixels = max_pixels or data.max_pixels
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
@@ -207,13 +267,16 @@ def evaluate(
     metrics, protocol = evaluate(model, data, short_side, steps, progress, limit, flip, mode)
 
     facts = scores_of(metrics, data.labels.classes) | {"protocol": protocol}
-    text = json.dumps(facts, indent=2, allow_nan=False)
     if report:
-        report.write_text(text + "\n", encoding="utf-8")
+        palette = draw.palette(model.centroids.cpu().numpy(), data.labels.colors)
+        predict = partial(segment_photo, model, short_side=short_side, steps=steps, mode=mode, flip=flip)
+        write_report(report, facts, metrics, data, palette, predict, worst)
+        note_missing_letters(data.labels.classes)
     if as_json:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
         return
-    rows = [(c["name"], percent(c["IoU"]), percent(c["Acc"]), f"{c['pixels']:,}") for c in facts["classes"]]
+    classes = facts["classes"] if sort == "id" else sort_classes(facts["classes"], COLUMNS[sort])
+    rows = [(c["name"], percent(c["IoU"]), percent(c["Acc"]), f"{c['pixels']:,}") for c in classes]
     print_table(("class", "IoU", "accuracy", "labelled pixels"), rows)
     out.print("  ".join(f"{name} {percent(facts[name], 2)}" for name in metrics.scores), style="bold")
     out.print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
@@ -222,7 +285,9 @@ def evaluate(
 @app.command()
 def segment(
     paths: Annotated[list[str], Argument(metavar="PATH...", help=PHOTOS, show_default=False)],
-    output: Annotated[Path, value(OUTPUT, "FILE|DIR", "Mask of one photo, or a folder.", "", "--out", "-o")],
+    output: Annotated[
+        File, value(OUTPUT, "FILE|DIR", WHERE, "PHOTO-mask.png beside a single photo", "--out", "-o")
+    ] = None,
     weights: Weights = None,
     steps: Steps = None,
     short_side: ShortSide = None,
@@ -235,37 +300,52 @@ def segment(
     ids: Annotated[
         Literal["train", "raw"], Option(rich_help_panel=OUTPUT, help="Values of the mask.")
     ] = "train",
+    labelmap: Annotated[
+        bool, flag(OUTPUT, "--labelmap", "Also write labelmap.txt for annotation tools.")
+    ] = False,
     as_json: Json = False,
     report: Report = None,
     max_pixels: Annotated[
         Number, value(RUN, "N", "Largest photo that is opened.", "250,000,000", least=1)
     ] = None,
+    font: Font = None,
     force: Annotated[bool, flag(OUTPUT, "--force", "Overwrite outputs that exist.")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Segment photos: a PNG of ids, the size of the upright photo, coloured by the class centroids."""
     from data import MAX_PIXELS
-    from flowseg_tools.segment import find_photos, plan, segment_all, segment_one, tell
-    from flowseg_tools.segment import report as write_report
+    from flowseg_tools import segment as tool
 
-    photos = find_photos(paths, output)
-    single = output.suffix and not output.is_dir()
-    if (single and (output.suffix.lower() != ".png" or len(photos) > 1)) or ("-" in paths and not single):
-        raise BadParameter(f"-o {output} for {len(photos)} photos; expected a .png for one, else a folder")
-    model = load(weights, device)
+    photos, refused = tool.find_photos(paths, output)
+    output, single = tool.choose_output(paths, len(photos), output, labelmap)
     wishes = {
-        "overlay.png": overlay, "confidence.png": confidence, "entropy.png": entropy,
+        "overlay.png": overlay, "confidence.png": confidence, "confidence-map.png": confidence,
+        "entropy.png": entropy, "entropy-map.png": entropy,
         "trajectory.png": trajectory, "trajectory.gif": trajectory,
     }  # fmt: skip
-    planned = plan(photos, output, [kind for kind, wish in wishes.items() if wish], force)
+    kinds = [kind for kind, wish in wishes.items() if wish]
+    tasks = [*tool.plan(photos, output, single, kinds, force, by_stem=labelmap), *refused]
+    tool.check_outputs(tasks, report)
+    model = load(weights, device)
+    if overlay:
+        note_missing_letters(model.info.classes)
+    if labelmap:
+        tool.write_labelmap(output, model, ids == "raw", force)
     work = partial(
-        segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
+        tool.segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
         raw_ids=ids == "raw", max_pixels=max_pixels or MAX_PIXELS,
     )  # fmt: skip
-    records = tell(segment_all(planned, work), len(photos), out, err, quiet)
-    if report:
-        write_report(report, records)
+    records = []
+    try:
+        # With --json stdout holds nothing else.
+        for record in tool.tell(
+            tool.segment_all(tasks, work), len(tasks), err if as_json else out, err, quiet
+        ):
+            records.append(record)
+    finally:  # of what was done before Ctrl-C, too
+        if report:
+            tool.report(report, records)
     if as_json:
         sys.stdout.write(json.dumps(records, indent=2, allow_nan=False) + "\n")
     raise typer.Exit(int(any(record["state"] == "failed" for record in records)))
@@ -274,28 +354,38 @@ def segment(
 @app.command()
 def info(
     what: Annotated[
-        Text, Argument(metavar="[WHAT]", help="A data set or a checkpoint.", show_default=False)
+        Text, Argument(metavar="[WHAT]", help="A data set, checkpoint or run directory.", show_default=False)
     ] = None,
     root: Root = None,
     limit: Limit = None,
+    max_pixels: MaxPixels = None,
+    preview: Annotated[
+        File, value(OUTPUT, "FILE", "Draw images, masks and training crops of a data set.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is here: this machine; a data set, with every problem found; what a checkpoint holds."""
+    """Say what is here: this machine; a data set, with every problem; what a checkpoint or run holds."""
     from data import data_root
 
     if what is None:
         from flowseg_tools.runs import environment, pick_device
 
         facts = environment() | {"device": str(pick_device()), "data root": str(data_root())}
-    elif what.endswith(".safetensors"):
+    elif what.endswith(".safetensors") or (Path(what) / "config.json").is_file():
         from dataclasses import asdict
 
-        model = load(Path(what))
+        from flowseg_tools.runs import newest_checkpoint
+        from model import FlowSeg
+
+        model = FlowSeg.load(newest_checkpoint(Path(what)))
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
-        from flowseg_tools.check import describe
+        from flowseg_tools.check import describe, draw_preview
 
-        facts = describe(what, root, limit)
+        facts = describe(what, root, limit, progress, max_pixels)
+        if preview:
+            draw_preview(what, root, preview)
+            err.print(f"preview: {preview}")
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
     elif "splits" in facts:
@@ -321,9 +411,24 @@ def print_dataset(facts: dict) -> None:
         total = part["ignored"] + sum(part["pixels"])
         ignored = part["ignored"] / max(1, total)
         out.print(f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} ignored")
+    for note in facts["notes"]:
+        out.print(f"note: {note}", style="yellow")
     for problem in facts["problems"]:
         out.print(f"problem: {problem}", style="red")
     out.print(f"problems: {len(facts['problems']) or 'none'}")
+
+
+@app.command()
+def init(
+    folder: Annotated[
+        Path, Argument(metavar="DIR", help="A folder of photos and masks.", show_default=False)
+    ],
+) -> None:
+    """Look at a folder of photos and masks, and draft its dataset.toml."""
+    from flowseg_tools.init import write_draft
+
+    for line in write_draft(folder, progress):
+        out.print(line)
 
 
 @app.command()
@@ -363,6 +468,14 @@ def download(
         out.print(f"{', '.join(names)}: {licence}")
 
 
+def progress(indices: Iterable[int], title: str) -> Iterable[int]:
+    """Show a bar with a title while somebody watches."""
+    from rich.progress import track
+
+    console = Console(stderr=True, quiet=not err.is_terminal)
+    return track(indices, title, console=console, transient=True)
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as text; None is the score of a class that does not occur."""
     return "absent" if share is None else f"{share:.{digits}%}"
@@ -397,8 +510,11 @@ def main() -> None:
     sys.path[:] = [own, *(place for place in sys.path if place != own)]
     from flowseg_tools.terminal import Steady, describe_error
 
-    sys.stdout = Steady(sys.stdout)
-    sys.stderr = Steady(sys.stderr)
+    # What Pillow says of a damaged file is said in our own line, which names the file.
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Steady(getattr(sys, name)))
     try:
         code = app(prog_name="flowseg", standalone_mode=False)
     except KeyboardInterrupt:
@@ -407,6 +523,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         line, code = describe_error(error)
+        traceback.clear_frames(error.__traceback__)  # they hold loaders, which would live on for a while
         err.print(line, style="red")
     if sys.stdout.close_quietly():
         err.print("error: the results could not be written to stdout", style="red")

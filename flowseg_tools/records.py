@@ -3,14 +3,17 @@
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from data import evenly_spaced
 from flowseg_tools import draw
-from flowseg_tools.predict import segment_photo
+from flowseg_tools.predict import segment_photo, to_input
 from flowseg_tools.runs import RunError, environment, replace_text
+from model import FlowSeg, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
 NUM_PREVIEWS = 4  # validation images in preview.png
@@ -48,6 +51,14 @@ class Log:
                 self.console.print(f"warning: {self.path}: {error}; training goes on", style="yellow")
             self.failed = True
 
+    def lines(self) -> list[dict]:
+        """What was logged until now."""
+        found = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
     def rewind(self, step: int, validated: int) -> None:
         """Drop what was logged after the state that a run continues from: it will be logged again."""
         if not self.path.exists():
@@ -82,28 +93,45 @@ def introduce(run, origin: str | Path) -> None:
         run.console.print(line)
 
 
-def write_weights(run, scores: dict[str, float] | None = None, protocol: dict | None = None) -> None:
-    """Write the EMA weights of a train.Run as `last`, with scores also a preview and, at its best, `best`."""
+def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
+    """Write the EMA weights of a train.Run as `last`, with metrics also pictures and, at its best, `best`."""
     config = run.config
+    scores = metrics.scores if metrics else {}
     table = run.data.labels
     facts = {
-        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "dataset": config.dataset,
-        "root": config.root, "crop_size": config.crop_size, "step": run.step,
-        "protocol": protocol or {}, "environment": environment(), **(scores or {}),
+        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "colors": table.colors,
+        "clear": table.clear, "dataset": config.dataset, "root": config.root,
+        "crop_size": config.crop_size, "step": run.step, "protocol": protocol or {},
+        "environment": environment(), **scores,
     }  # fmt: skip
     run.ema.save(run.folder / "last.safetensors", **facts)
-    if scores is None:
+    if metrics is None:
         return
     if scores["mIoU"] > run.best:
         run.ema.save(run.folder / "best.safetensors", **facts)
     rows = []
+    distances = []
+    notes = []
     for i in evenly_spaced(len(run.held_out), NUM_PREVIEWS):
         photo, truth = run.held_out[i]
         prediction, _ = segment_photo(run.ema, photo, config.crop_size)
         rows.append((photo, truth, prediction))
-    palette = draw.palette(run.ema.centroids.cpu().numpy())
-    draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette))
-    run.log.write(run.step, **scores)
+        end = run.ema.sample(to_input(photo, config.crop_size).to(run.device))
+        distances.append(crispness(run.ema, end))
+        iou = metrics.images.get(i, math.nan)
+        notes.append("" if math.isnan(iou) else f"IoU {iou:.0%}")
+    run.log.write(run.step, **scores, crispness=sum(distances) / len(distances))
+    title = f"step {run.step:,}: validation mIoU {scores['mIoU']:.1%}"
+    palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
+    draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
+    draw.save(run.folder / "curves.png", draw.training_curves(run.log.lines()))
+
+
+def crispness(model: FlowSeg, x: Tensor) -> float:
+    """How far the states x (B, dims, H, W) are from a mask painted in centroids: the mean distance of a pixel
+    to the nearest centroid, in units of the least distance between two centroids. 0 is a mask."""
+    d, _ = squared_distances(x.movedim(1, -1).flatten(0, 2), model.centroids)
+    return float((d.amin(0) / least_spacing(model.centroids)).sqrt().mean())
 
 
 def scores_of(metrics, classes: Iterable[str]) -> dict:

@@ -32,7 +32,7 @@ CONFIG = "config.json"
 STATE_FORMAT = "flowseg-state-2"
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAVE = getattr(signal, "SIGUSR1", None)  # save now and go on; Windows has none
-MAY_GROW = "max_steps"  # the one setting that a later call may raise
+MAY_GROW = ("max_steps", "max_pixels")  # settings that a later call may raise
 
 
 Optimizers = list[torch.optim.Optimizer]
@@ -67,7 +67,7 @@ def check(folder: Path, config: dict[str, dict], allow_changes: bool) -> list[st
                 if before == value:
                     continue
                 changes.append(f"{name} was {before!r}, now {value!r}")
-                if name != MAY_GROW or value < before:
+                if name not in MAY_GROW or value < before:
                     refused.append(changes[-1])
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
@@ -195,6 +195,8 @@ def load_state(
             parameter = parameters[name]
             if value.ndim and value.shape != parameter.shape:
                 raise RuntimeError(f"{key} is {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+            if (kind == "momentum") != ("momentum" in owners[parameter].defaults):
+                raise RuntimeError(f"{key} is of another optimizer")
             owners[parameter].state[parameter][kind] = value.to(parameter.device)
         whole.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:  # settings that --allow-changes let through

@@ -1,11 +1,14 @@
 """What check.py finds in a data set, and the wrong tables that it recognises."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from data import FolderDataset, ShapesDataset, open_dataset
-from flowseg_tools.check import describe, hints, problems
+from data import DataError, FolderDataset, ShapesDataset, open_dataset
+from flowseg_tools.check import before_training, describe, draw_preview, fingerprint, hints, problems
 from tests.test_data import CLASSES, make_folder, mask_of, write
 
 
@@ -31,7 +34,7 @@ def test_problems_reports_every_kind_once_with_first_file_and_count(tmp_path):
     (masks / "a0.png").unlink()
     (images / "a1.jpg").unlink()
     for k in (2, 3):
-        write(masks / f"a{k}.png", mask_of(0), "RGB")
+        write(masks / f"a{k}.png", np.dstack([mask_of(0, 9)] * 2 + [mask_of(9, 0)]))
     write(masks / "a4.png", mask_of(0)[:5])
     write(masks / "a5.png", mask_of(0, 77))
     (images / "a6.jpg").write_bytes((images / "a6.jpg").read_bytes()[:200])
@@ -39,9 +42,9 @@ def test_problems_reports_every_kind_once_with_first_file_and_count(tmp_path):
     write(masks / "a7.jpg", mask_of(0))
     lines = report(root)
     for name, words in [
-        ("a0.jpg", "annotations/training; 1 of 9"),
-        ("a1.png", "images/training; 1 of 9"),
-        ("a2.png", "saved as RGB"),
+        ("a0.jpg", "annotations/training/*; 1 of 9"),
+        ("a1.png", "images/training/*; 1 of 9"),
+        ("a2.png", "of colours"),
         ("a4.jpg", "16 x 5"),
         ("a5.png", "raw value 77"),
         ("a6.jpg", "cannot be read"),
@@ -49,7 +52,7 @@ def test_problems_reports_every_kind_once_with_first_file_and_count(tmp_path):
     ]:
         matching = [line for line in lines if words in line]
         assert len(matching) == 1 and name in matching[0], (words, lines)
-    assert "1 more" in next(line for line in lines if "RGB" in line)
+    assert "1 more" in next(line for line in lines if "of colours" in line)
     assert len(lines) == 7
 
 
@@ -101,3 +104,170 @@ def test_one_kind_of_problem_is_one_line_whatever_its_message_says(tmp_path):
     root = make_folder(tmp_path / "a (1) 7", [mask_of(0, 77), mask_of(0, 78), mask_of(1)])
     lines = report(root)
     assert len(lines) == 1 and "a0.png: raw value 77" in lines[0] and "1 more" in lines[0]
+
+
+# ---- what can be read, but is perhaps not what was meant ----
+
+
+def split_folder(root: Path, training: list, validation: list, toml: str = CLASSES) -> Path:
+    make_folder(root, training, toml)
+    return make_folder(root, validation, toml, "validation")
+
+
+def palette_mask(values: np.ndarray, palette: list[int]) -> Image.Image:
+    mask = Image.frombytes("P", values.shape[::-1], values.tobytes())
+    mask.putpalette(palette)
+    return mask
+
+
+def test_palettes_that_differ_between_files_are_one_line_with_two_files_and_the_colour(tmp_path):
+    root = split_folder(tmp_path, [mask_of(0, 1, 2)] * 3, [mask_of(0, 1, 2)])
+    red_blue = [0, 0, 0, 255, 0, 0, 0, 0, 255]
+    blue_red = [0, 0, 0, 0, 0, 255, 255, 0, 0]
+    for name, palette in {"a0": red_blue, "a1": blue_red, "a2": blue_red[:6]}.items():
+        values = mask_of(0, 1) if name == "a2" else mask_of(0, 1, 2)
+        palette_mask(values, palette).save(root / f"annotations/training/{name}.png")
+    problems_found = describe(str(root))["problems"]
+    assert len(problems_found) == 1
+    for word in ("a0.png", "a1.png", "#0000ff", "colours", "1 more"):
+        assert word in problems_found[0], problems_found
+
+
+def test_palettes_in_one_order_are_no_problem(tmp_path):
+    root = split_folder(tmp_path, [mask_of(0, 1, 2)] * 2, [mask_of(0, 1, 2)])
+    twice_black = [0, 0, 0, 255, 0, 0, 0, 0, 0]  # indices 0 and 2 look the same in every file
+    for k, values in enumerate((mask_of(0, 1, 2), mask_of(2, 1))):
+        palette_mask(values, twice_black).save(root / f"annotations/training/a{k}.png")
+    assert describe(str(root))["problems"] == []
+
+
+@pytest.mark.parametrize("turn, said", [(2, True), (3, True), (4, True), (1, False)])
+def test_a_turn_that_keeps_the_size_is_said(tmp_path, turn, said):
+    root = split_folder(tmp_path, [mask_of(0, 1, 2)] * 2, [mask_of(0, 1, 2)])
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = root / "images/training/a0.jpg"
+    Image.open(path).save(path, exif=exif)
+    lines = [line for line in describe(str(root))["problems"] if f"EXIF orientation {turn}" in line]
+    assert len(lines) == int(said) and all("a0.jpg" in line for line in lines)
+
+
+def test_a_quarter_turn_is_named_where_sizes_differ_and_where_they_are_square(tmp_path):
+    root = split_folder(tmp_path, [mask_of(0, 1, 2), mask_of(0, 1, 2)[:, :12]], [mask_of(0, 1, 2)])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a0", "a1"):
+        path = root / f"images/training/{name}.jpg"
+        Image.open(path).save(path, exif=exif)
+    lines = [line for line in describe(str(root))["problems"] if "EXIF orientation 6" in line]
+    assert len(lines) == 2 and "12 x 16" in lines[0] and "16 x 12" in lines[0] and "a1.jpg" in lines[1]
+
+
+def test_the_same_image_in_two_splits_is_found_by_its_content(tmp_path):
+    root = split_folder(tmp_path, [mask_of(0, 1, 2)] * 3, [mask_of(0, 1, 2)] * 3)
+    Image.open(root / "images/training/a1.jpg").save(root / "images/validation/a2.png")
+    (root / "images/validation/a2.jpg").unlink()
+    lines = describe(str(root))["problems"]
+    assert len(lines) == 1 and "training/a1.jpg" in lines[0] and "validation/a2.png" in lines[0]
+
+
+def test_pages_and_scaled_values_of_images_are_said(tmp_path):
+    root = split_folder(tmp_path, [mask_of(0, 1, 2)] * 2, [mask_of(0, 1, 2)])
+    for name in ("a0", "a1"):
+        (root / f"images/training/{name}.jpg").unlink()
+    pages = [Image.new("RGB", (16, 12), colour) for colour in ("red", "blue")]
+    pages[0].save(root / "images/training/a0.tif", save_all=True, append_images=pages[1:])
+    decibels = np.linspace(-30, -5, 192, dtype=np.float32).reshape(12, 16)
+    Image.fromarray(decibels).save(root / "images/training/a1.tif")
+    facts = describe(str(root))
+    assert (
+        len(facts["problems"]) == 1 and "a0.tif" in facts["problems"][0] and "2 pages" in facts["problems"][0]
+    )
+    assert any("a1.tif" in note and "-30..-5" in note for note in facts["notes"])
+
+
+def test_values_that_viewers_show_as_other_ids_are_a_note(tmp_path):
+    """Tools that make files smaller write grey 0 and 255 as one bit; a table with 1 and 255 cannot tell."""
+    root = split_folder(tmp_path, [mask_of(0, 1, 2)] * 2, [mask_of(0, 1, 2)], CLASSES + "ignore = [255]")
+    Image.fromarray(mask_of(0, 1) == 1).save(root / "annotations/training/a0.png")
+    facts = describe(str(root))
+    assert facts["problems"] == [] and facts["splits"]["training"]["pixels"][1] == 96 + 64
+    assert any("a0.png" in note and "[0, 255]" in note for note in facts["notes"])
+
+
+def test_classes_without_a_pixel_are_a_note_that_says_how_much_was_read(tmp_path):
+    root = split_folder(tmp_path, [mask_of(0, 1)] * 2, [mask_of(0, 2)])
+    notes = [note for note in describe(str(root))["notes"] if "no labelled pixel" in note]
+    assert len(notes) == 1 and "1 of 3" in notes[0] and "2 images" in notes[0] and "car" in notes[0]
+
+
+def test_a_split_where_nothing_is_labelled_is_a_problem_and_ends_training_before_it_starts(tmp_path):
+    root = split_folder(tmp_path, [mask_of(0, 1, 2)] * 2, [mask_of(255)] * 20, CLASSES + "ignore = [255]")
+    lines = describe(str(root))["problems"]
+    assert len(lines) == 1 and "no pixel of validation is labelled" in lines[0]
+    parts = [open_dataset(str(root), split) for split in ("training", "validation")]
+    with pytest.raises(DataError, match="no pixel of validation is labelled"):
+        before_training(parts, print)
+    write(root / "annotations/validation/a7.png", mask_of(1))  # not in the sample, but labelled
+    before_training(parts, print)
+
+
+def test_an_on_off_mask_is_explained_once_and_ends_training(tmp_path):
+    toml = "classes = ['no', 'yes']"
+    root = split_folder(tmp_path, [mask_of(0, 255)] * 2, [mask_of(0, 255)], toml)
+    lines = report(root)
+    assert len(lines) == 1 and "ids = [0, 255]" in lines[0]
+    part = open_dataset(str(root), "training")
+    with pytest.raises(DataError, match=r"ids = \[0, 255\]") as caught:
+        before_training([part], print)
+    assert "neither ids nor ignore" not in str(caught.value)
+    (root / "dataset.toml").write_text(toml + "\nignore = [255]")
+    said = []
+    before_training([open_dataset(str(root), "training")], said.append)
+    assert len(said) == 2 and "ids = [0, 255]" in said[0] and "yes" in said[1]
+
+
+def test_training_is_told_of_a_damaged_image_before_it_starts(tmp_path):
+    root = split_folder(tmp_path, [mask_of(0, 1, 2)] * 3, [mask_of(0, 1, 2)])
+    path = root / "images/training/a1.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"a1\.jpg"):
+        before_training([open_dataset(str(root), "training")], print)
+
+
+def test_nothing_is_said_of_the_built_in_scenes():
+    said = []
+    before_training([open_dataset("shapes", split) for split in ("training", "validation")], said.append)
+    assert said == []
+
+
+def test_a_fingerprint_changes_with_labels_and_files_but_not_with_the_place(tmp_path):
+    for name in ("one", "two"):
+        split_folder(tmp_path / name, [mask_of(0, 1, 2)] * 3, [mask_of(0, 1, 2)])
+    first, second = (fingerprint(open_dataset(str(tmp_path / name), "training")) for name in ("one", "two"))
+    assert first == second and first["classes"] == ["sky", "road", "car"] and first["files"].startswith("3 ")
+    json.dumps(first)
+    (tmp_path / "two/images/training/a1.jpg").rename(tmp_path / "two/images/training/b1.jpg")
+    (tmp_path / "two/annotations/training/a1.png").rename(tmp_path / "two/annotations/training/b1.png")
+    changed = fingerprint(open_dataset(str(tmp_path / "two"), "training"))
+    assert changed["files"] != first["files"] and changed["classes"] == first["classes"]
+    (tmp_path / "one/dataset.toml").write_text("classes = ['road', 'sky', 'car']")
+    assert fingerprint(open_dataset(str(tmp_path / "one"), "training"))["classes"] != first["classes"]
+    assert fingerprint(open_dataset("shapes", "test"))["files"].startswith("200 ")
+
+
+def test_colours_that_are_stray_are_one_hint(tmp_path):
+    toml = "classes = ['a', 'b']\nids = ['#000000', '#ffffff']"
+    smooth = np.repeat(np.linspace(0, 255, 16, dtype=np.uint8)[None], 12, 0)
+    root = make_folder(tmp_path, [np.stack([smooth] * 3, 2)] * 2, toml)
+    lines = report(root)
+    assert len(lines) == 1 and "14 stray values" in lines[0]
+
+
+def test_the_preview_has_image_mask_and_crop_of_eight_samples(tmp_path):
+    root = split_folder(tmp_path / "set", [mask_of(0, 1, 255)] * 9, [mask_of(0)], CLASSES + "ignore = [255]")
+    draw_preview(str(root), None, tmp_path / "check.png")
+    sheet = Image.open(tmp_path / "check.png")
+    assert sheet.width > 200 and sheet.height > 200
+    draw_preview("shapes", None, tmp_path / "shapes.png")
+    assert (tmp_path / "shapes.png").stat().st_size > 10_000

@@ -42,7 +42,8 @@ def write(path: Path, values: np.ndarray, mode: str | None = None) -> None:
 
 def make_folder(root: Path, masks: list[np.ndarray], toml: str = CLASSES, split: str = "training") -> Path:
     for number, mask in enumerate(masks):
-        picture = np.random.default_rng(number).integers(0, 256, (*mask.shape[:2], 3), np.uint8)
+        rng = np.random.default_rng([number, len(split)])  # other images in other splits
+        picture = rng.integers(0, 256, (*mask.shape[:2], 3), np.uint8)
         write(root / "images" / split / f"a{number}.jpg", picture)
         write(root / "annotations" / split / f"a{number}.png", mask)
     root.mkdir(exist_ok=True)
@@ -340,7 +341,7 @@ def test_splits_rename_the_folders(tmp_path):
     root = make_folder(tmp_path, [mask_of(0)], toml, "val")
     folder = open_dataset(str(root), "validation")
     assert len(folder) == 1 and folder.name == "x" and folder.pairs[0][0].parent.name == "val"
-    assert "no such folder" in error_of(open_dataset, str(root), "training")
+    assert f"{root}/images/train/*: no image fits" in error_of(open_dataset, str(root), "training")
 
 
 @pytest.mark.parametrize(
@@ -413,12 +414,13 @@ def test_sizes_that_differ_are_named(tmp_path):
 
 def test_missing_parts_say_what_was_expected(tmp_path):
     message = error_of(open_dataset, str(tmp_path), "training")
-    assert "dataset.toml" in message and "classes = [" in message
+    assert "dataset.toml" in message and f"flowseg init {tmp_path}" in message
     root = make_folder(tmp_path, [])
-    assert "images/training: no such folder" in error_of(FolderDataset, root, "training")
-    (root / "images/training").mkdir(parents=True)
-    (root / "annotations/training").mkdir(parents=True)
-    assert "holds no image" in error_of(FolderDataset, root, "training")
+    assert f"{root}/images/training/*: no image fits" in error_of(FolderDataset, root, "training")
+    write(root / "images/training/a.jpg", np.zeros((4, 4, 3), np.uint8))
+    message = error_of(FolderDataset, root, "training")
+    assert message.startswith(f"{root}/images/training/a.jpg: ") and "1 of 1" in message
+    assert f"{root}/annotations/training/*" in message
 
 
 def test_open_dataset_finds_names_paths_and_the_nearest_match(tmp_path, monkeypatch):
@@ -439,30 +441,55 @@ def test_open_dataset_finds_names_paths_and_the_nearest_match(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "toml, expected",
     [
-        ("classes = [", "dataset.toml: "),
-        ("", "classes has 0 names"),
-        ("classes = []", "classes has 0 names"),
-        ("classes = 'sky'", "classes is 'sky'; expected a list"),
-        ("classes = ['a', 'a']", "classes is ['a', 'a']; expected a list of different"),
-        ("classes = ['a', 1]", "classes is ['a', 1]; expected a list"),
-        (f"classes = {[str(k) for k in range(256)]}", "256 names"),
-        (
-            "class = ['a']",
-            "unknown key 'class'; expected name, classes, ids, ignore, splits; did you mean 'classes'?",
-        ),
-        (CLASSES + "ids = [0, 1]", "ids has 2 values for 3 classes"),
-        (CLASSES + "ids = [0, 1, 1]", "ids is [0, 1, 1]; expected a list of different int"),
-        (CLASSES + "ids = [0, 1, true]", "ids is [0, 1, True]; expected a list of different int"),
-        (CLASSES + "ids = [0, 1, 65536]", "0..65535"),
-        (CLASSES + "ignore = [-1]", "0..65535"),
-        (CLASSES + "ignore = [2, 255]", "[2] are in both ids and ignore"),
-        (CLASSES + "splits = ['train']", "splits is ['train']; expected the 2 or 3 folders of training"),
-        (CLASSES + "name = 3", "name is 3; expected a string"),
+        ("classes = [", ["dataset.toml: "]),
+        ("", ["classes has 0 names"]),
+        ("classes = []", ["classes has 0 names"]),
+        ("classes = ['crack']", ["classes has 1 names", "background"]),
+        ("classes = 'sky'", ["classes is 'sky'", "expected a list"]),
+        ("classes = ['a', 'a']", ["classes is ['a', 'a']", "different"]),
+        ("classes = ['a', 1]", ["classes is ['a', 1]", "strings"]),
+        (f"classes = {[str(k) for k in range(256)]}", ["256 names"]),
+        ("class = ['a']", ["unknown key 'class'", "ids, ignore, splits", "did you mean 'classes'?"]),
+        (CLASSES + "ids = [0, 1]", ["2 values for 3 classes"]),
+        (CLASSES + "ids = [0, 1, 1]", ["have 1 2 times"]),
+        (CLASSES + "ids = [0, true, 2]", ["has True", "0..65535"]),
+        (CLASSES + "ids = [0, 1, 65536]", ["has 65536", "0..65535"]),
+        (CLASSES + "ids = [0, 1, 2.0]", ["has 2.0", "0..65535"]),
+        (CLASSES + "ignore = [-1]", ["has -1", "0..65535"]),
+        (CLASSES + "ignore = [2, 255]", ["have 2 2 times"]),
+        (CLASSES + "ids = ['#000000', '#00ff00', '#12345']", ["has '#12345'", "#00ff80"]),
+        (CLASSES + "ids = ['#000000', '#00ff00', 'red']", ["has 'red'", "#00ff80"]),
+        (CLASSES + "ids = ['#000000', '#00ff00', 3]", ["has 3", "#00ff80"]),
+        (CLASSES + "ids = ['#000000', '#00ff00', '#00FF00']", ["have '#00ff00' 2 times"]),
+        (CLASSES + "ids = ['#000000', '#00ff00', '#0000ff']\nignore = [255]", ["has 255"]),
+        (CLASSES + "ignore = ['#ffffff']", ["has '#ffffff'"]),
+        (CLASSES + "splits = ['train']", ["splits is ['train']", "training, validation, test"]),
+        (CLASSES + "splits = ['train', 'train']", ["splits is ['train', 'train']", "different"]),
+        (CLASSES + "name = 3", ["name is 3", "expected a str"]),
+        (CLASSES + "images = 3", ["images is 3", "expected a str"]),
+        (CLASSES + "images = 'photos'", ["images is 'photos'", "*"]),
+        (CLASSES + "masks = '{split}/*/*'", ["masks is '{split}/*/*'", "*"]),
+        (CLASSES + "validation = 1", ["validation is 1", "float"]),
+        (CLASSES + "validation = 1.0", ["validation is 1.0", "0.2"]),
+        (CLASSES + "validation = nan", ["validation is nan", "0.2"]),
+        (CLASSES + "validation = 0.2\nsplits = ['a', 'b', 'c']", ["splits is ['a', 'b', 'c']"]),
     ],
 )
 def test_errors_of_dataset_toml(tmp_path, toml, expected):
     message = error_of(FolderDataset, make_folder(tmp_path, [mask_of(0)], toml), "training")
-    assert message.startswith(str(tmp_path / "dataset.toml")) and expected in message
+    assert message.startswith(str(tmp_path / "dataset.toml")) and all(word in message for word in expected)
+
+
+def test_a_byte_order_mark_is_no_statement_and_utf_16_is_named(tmp_path):
+    root = make_folder(tmp_path, [mask_of(0, 1)], "")
+    text = "classes = ['Straße', '道路']\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        (root / "dataset.toml").write_text(text, encoding=encoding)
+        assert FolderDataset(root, "training").labels.classes == ("Straße", "道路")
+    for encoding in ("utf-16", "utf-16-le"):
+        (root / "dataset.toml").write_text(text, encoding=encoding)
+        message = error_of(FolderDataset, root, "training")
+        assert "dataset.toml" in message and "UTF-16" in message and "UTF-8" in message
 
 
 # ---- named data sets ----
@@ -517,7 +544,8 @@ def test_a_dataset_toml_of_its_own_wins_over_the_shipped_table(tmp_path):
 def test_a_folder_in_the_working_directory_is_not_taken_for_a_named_data_set(tmp_path, monkeypatch):
     make_folder(tmp_path / "ade20k", [mask_of(0)])
     monkeypatch.chdir(tmp_path)
-    assert "no such folder" in error_of(open_dataset, "ade20k", "training", tmp_path / "elsewhere")
+    message = error_of(open_dataset, "ade20k", "training", tmp_path / "elsewhere")
+    assert message.startswith(f"{tmp_path}/elsewhere/ade20k/images/training/*")
     assert open_dataset("./ade20k", "training", tmp_path / "elsewhere").labels.classes[0] == "sky"
 
 
@@ -562,7 +590,7 @@ def test_ade20k_photos_without_annotation_are_named(tmp_path):
         shutil.copytree(sample / kind, folder / kind)
     shutil.copytree(sample / "images-without-annotation", folder / "images/validation", dirs_exist_ok=True)
     found = problems(open_dataset("ade20k", "validation", tmp_path, strict=False))[1]
-    assert len(found) == 1 and "ADE_val_00001519.jpg: no file" in found[0] and "4 of 7" in found[0]
+    assert len(found) == 1 and "ADE_val_00001519.jpg: no mask" in found[0] and "4 of 7" in found[0]
 
 
 def test_the_coco_stuff_sample_has_all_ids_right(tmp_path):

@@ -26,6 +26,7 @@ TINY = (
     "num_heads=2",
     "nerf_width=8",
     "conv_width=8",
+    "encoding_dims=11",
     "steps=2",
     "log_every=1",
 )
@@ -229,7 +230,8 @@ def test_the_teacher_sees_the_image_in_our_patches(patch, size):
 def aligned(path, **changes):
     """A small model with its alignment, images (2, 3, 32, 48) and labels."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "depth": 3, "num_heads": 2, "conv_width": 8, "nerf_width": 8} | changes
+    sizes = {"hidden_size": 16, "depth": 3, "num_heads": 2, "conv_width": 8, "nerf_width": 8}
+    sizes |= {"encoding_dims": 6, "later_share": 1.0} | changes
     model = FlowSeg(ModelConfig(5, **sizes))
     torch.nn.init.normal_(model.network.head.weight)  # zero at first: nothing would reach the tokens
     alignment = Alignment(model.network, path, 2, 0.5)
@@ -248,8 +250,8 @@ def test_alignment_is_one_minus_the_cosine_of_the_tokens_of_a_block(tmp_path):
     seen = []
     model.network.blocks[1].register_forward_hook(lambda block, inputs, tokens: seen.append(tokens))
     model.loss(image, labels)
-    assert len(seen) == 2  # t = 0, then the uniform t that is aligned
-    projected = seen[1]
+    assert [len(tokens) for tokens in seen] == [2, 2]  # t = 0, which is aligned, then the second state
+    projected = seen[0]
     for layer in alignment.projector:
         projected = projected * projected.sigmoid() if isinstance(layer, torch.nn.SiLU) else layer(projected)
     target = plain(public(width=24, grid=3), teacher_input(image, 8), 1)
@@ -278,6 +280,20 @@ def test_the_teacher_is_in_no_state_and_a_deep_block_is_the_last(tmp_path):
         assert alignment(image).dtype == torch.float32
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_tokens_that_are_aligned_are_those_of_all_images_at_the_start(tmp_path, share):
+    """Not those of the second state, which a share of the images has."""
+    model, alignment, image, labels = aligned(stored(tmp_path), later_share=share)
+    values = []
+    for seed in range(3):
+        model.loss(image, labels, torch.Generator().manual_seed(seed))
+        assert len(alignment.tokens) == 2
+        values.append(alignment(image).item())
+    assert max(values) == min(values)
+    model.loss(image[:1], labels[:1])
+    assert len(alignment.tokens) == 1
+
+
 @pytest.mark.parametrize(("compiled", "checkpointing"), [(True, False), (False, True), (True, True)])
 def test_alignment_sees_the_tokens_of_a_compiled_or_recomputed_network(tmp_path, compiled, checkpointing):
     values = []
@@ -288,9 +304,9 @@ def test_alignment_sees_the_tokens_of_a_compiled_or_recomputed_network(tmp_path,
             model.network.compile(backend="eager", fullgraph=not checkpointing)
         loss, _ = model.loss(image, labels, torch.Generator().manual_seed(0))
         (loss + alignment(image)).backward()
-        values.append(
-            torch.cat([loss[None].detach(), *(p.grad.flatten() for p in named(model, alignment).values())])
-        )
+        gradients = [p.grad.flatten() for p in named(model, alignment).values()]
+        model.loss(image[:1], labels[:1])  # a backward pass later, the tokens are those of the next image
+        values.append(torch.cat([loss[None].detach(), alignment(image[:1])[None].detach(), *gradients]))
     assert torch.allclose(*values, rtol=1e-4, atol=1e-5)
 
 

@@ -115,7 +115,8 @@ def test_sixteen_bit_colour_keeps_its_gradient(tmp_path):
     ("values", "expected"),
     [
         (np.array([[0, 32768, 65535]], dtype=np.int32), [0, 128, 255]),
-        (np.array([[-5, 100, 200]], dtype=np.int32), [0, 100, 200]),
+        (np.array([[0, 100, 200]], dtype=np.int32), [0, 100, 200]),
+        (np.array([[-5, 100, 200]], dtype=np.int32), [0, 131, 255]),
         (np.array([[0.0, 0.5, 1.0]], dtype=np.float32), [0, 128, 255]),
         (np.array([[np.nan, 20.0, 255.0]], dtype=np.float32), [0, 20, 255]),
     ],
