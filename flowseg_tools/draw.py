@@ -256,7 +256,7 @@ def heat(grey: Image.Image, title: str) -> Image.Image:
     ramp = np.rint(ramp).astype(np.uint8)  # (256, 3)
     picture = Image.fromarray(ramp[np.asarray(for_viewing(grey))])
     scale = [(f"{share:g}", ramp[round(255 * share)], None) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)]
-    return with_legend(grid([picture], [title], 1), scale)
+    return with_legend(grid([picture], [title], 1), scale, size=max(20, picture.width // 60))
 
 
 def for_viewing(image: Image.Image, resample: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:
@@ -376,7 +376,7 @@ def grid(tiles: Sequence[Image.Image], captions: Sequence[str], columns: int, ti
     """Pictures in the middle of equal tiles, each under its caption, if it has one."""
     width = max(tile.width for tile in tiles)
     height = max(tile.height for tile in tiles)
-    gap = int(np.clip(width / 18, 12, 40))
+    gap = int(np.clip(width / 18, 12, max(24, width / 60)))
     line = round(1.6 * gap)
     face = font(gap)
     captions = [*captions, *[""] * (len(tiles) - len(captions))]
