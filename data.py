@@ -599,6 +599,7 @@ class ShapesDataset:
     augment = False
     unpaired = ()
     splits = SPLITS
+    max_pixels = MAX_PIXELS  # of the pictures that a folder holds; scenes are small
 
     def __init__(self, split: str, fine: bool = False, seed: int = 0):
         self.name = "shapes-fine" if fine else "shapes"

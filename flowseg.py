@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -29,7 +30,6 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False, markup=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-DOWNLOADS = ("ade20k", "coco-stuff", "camvid", "pixnerd-xl-256", "pixnerd-xl-512", "dinov2-b14")
 RECIPES = ("ade20k-256", "ade20k-512", "coco-stuff-256", "coco-stuff-512")
 NEWEST = "Weights or run directory; by default of the newest run under runs/."
 DATA, MODEL, METHOD, TRAINING = "Data", "Model", "Method", "Training"  # panels of the help
@@ -76,7 +76,7 @@ WINDOWS = "The whole image at once, or square windows that overlap by a third."
 Mode = Annotated[Literal["whole", "slide"], Option(rich_help_panel=METHOD, help=WINDOWS)]
 Flip = Annotated[bool, flag(METHOD, "--flip", "Average with the mirror image.")]
 Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, cpu, cuda, cuda:1 or mps.")]
-Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results and errors only.", "-q")]
+Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results, warnings and errors only.", "-q")]
 Json = Annotated[bool, flag(OUTPUT, "--json", "Print the result as JSON.")]
 PHOTOS = "Photos, folders or globs; - reads a photo from stdin."
 WHERE = "Mask of one photo (.png), or a folder."
@@ -153,7 +153,7 @@ def train(
     init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
     objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
     recipe: Annotated[Text, value(TRAINING, "NAME", f"{', '.join(RECIPES)}.", "none")] = None,
-    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "800", least=1)] = None,
+    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "480", least=1)] = None,
     batch_size: Annotated[
         Number, value(TRAINING, "N", "Images per step.", "8", "--batch-size", "--batch", least=1)
     ] = None,
@@ -166,7 +166,7 @@ def train(
     out_dir: Annotated[
         File, value(RUN, "DIR", "Run directory.", "runs/DATASET-PRESET", "--out", "-o")
     ] = None,
-    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "200", least=1)] = None,
+    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "160", least=1)] = None,
     dtype: Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", "bfloat16 on CUDA")] = None,
     compile: Annotated[bool, flag(RUN, "--compile", "Compile the network first (minutes).")] = False,
     deterministic: Annotated[
@@ -374,9 +374,10 @@ def info(
     elif what.endswith(".safetensors") or (Path(what) / "config.json").is_file():
         from dataclasses import asdict
 
+        from flowseg_tools.runs import newest_checkpoint
         from model import FlowSeg
 
-        model = FlowSeg.load(Path(what))  # a backbone without classes, too
+        model = FlowSeg.load(newest_checkpoint(Path(what)))
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
         from flowseg_tools.check import describe, draw_preview
@@ -432,13 +433,18 @@ def init(
 
 @app.command()
 def download(
-    name: Annotated[Literal[*DOWNLOADS], Argument(help="A data set or public weights.", show_default=False)],
+    name: Annotated[
+        Text, Argument(metavar="[NAME]", help="What to fetch; without it: a table.", show_default=False)
+    ] = None,
     root: Root = None,
     sources: Annotated[
         list[str] | None,
         value(DATA, "PATH|URL", "A file on disk, or a mirror; may be repeated.", "", "--from"),
     ] = None,
     sha256: Annotated[Text, value(DATA, "DIGEST", "Pin a file for which none is published.")] = None,
+    max_bytes: Annotated[
+        Number, value(DATA, "N", "Largest file that is accepted.", "a tenth more than published", least=1)
+    ] = None,
     dry_run: Annotated[bool, flag(RUN, "--dry-run", "Say what, from where and how much.")] = False,
     keep_archive: Annotated[
         bool, flag(RUN, "--keep-archive", "Keep the archive after unpacking it.")
@@ -446,9 +452,20 @@ def download(
     quiet: Quiet = False,
 ) -> None:
     """Fetch a data set or public weights; the same command continues after a stop."""
-    from flowseg_tools.download import download
+    from flowseg_tools import download as downloads
 
-    download(name, root, sources or [], sha256, dry_run, keep_archive, quiet)
+    if name:
+        downloads.download(name, root, sources or [], sha256, max_bytes, dry_run, keep_archive, quiet)
+        return
+    rows = downloads.listing(root)
+    table = Table("name", Column("size", justify="right"), "here", "what it is", box=None)
+    licences: dict[str, list[str]] = {}
+    for row in rows:
+        table.add_row(row["name"], row["size"], row["here"], row["about"])
+        licences.setdefault(f"{row['licence']}, {row['terms']}", []).append(row["name"])
+    out.print(table)
+    for licence, names in licences.items():
+        out.print(f"{', '.join(names)}: {licence}")
 
 
 def progress(indices: Iterable[int], title: str) -> Iterable[int]:
@@ -496,8 +513,11 @@ def main() -> None:
     # What Pillow says of a damaged file is said in our own line, which names the file.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    sys.stdout = Steady(sys.stdout)
-    sys.stderr = Steady(sys.stderr)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Steady(getattr(sys, name)))
+    for i, word in enumerate(sys.argv[:-1]):
+        if word == "--json" and sys.argv[i + 1].endswith(".json"):
+            sys.argv[i] = "--report"  # its earlier name, which scripts may still use
     try:
         code = app(prog_name="flowseg", standalone_mode=False)
     except KeyboardInterrupt:
@@ -506,6 +526,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         line, code = describe_error(error)
+        traceback.clear_frames(error.__traceback__)  # they hold loaders, which would live on for a while
         err.print(line, style="red")
     if sys.stdout.close_quietly():
         err.print("error: the results could not be written to stdout", style="red")

@@ -13,12 +13,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowseg_tools.pretrained import public_file
+from flowseg_tools.pretrained import public_file, stored_tensors
 from model import tensor_faults
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], with which the public weights were trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_DEPTH = 100  # blocks; the largest public model has 40
 # Positions are resampled at the scale (cells + 0.1) / trained cells, as the public weights were trained.
 POSITION_OFFSET = 0.1
 
@@ -99,6 +100,7 @@ def load_dinov2(path: str | Path, num_heads: int | None = None) -> DinoV2:
     L, or 16 in smaller models. Raises CheckpointError if the file cannot be used.
     """
     with public_file(path, "DINOv2 ViT-S, B or L") as weights:
+        stored_tensors(weights, path)
         weights.pop("mask_token", None)  # used in pre-training only
         with torch.device("meta"):
             model = DinoV2(**dinov2_sizes(weights, num_heads))
@@ -124,6 +126,8 @@ def dinov2_sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str,
     num_heads = num_heads or max(1, hidden_size // (64 if hidden_size >= 384 else 16))
     if hidden_size % num_heads:
         raise ValueError(f"its width {hidden_size} is not a multiple of {num_heads} heads: pass num_heads")
+    if len(block_numbers) > MAX_DEPTH:
+        raise ValueError(f"{len(block_numbers):,} blocks, expected at most {MAX_DEPTH}")
     registers = weights.get("register_tokens", torch.zeros(0))
     return {
         "hidden_size": hidden_size,
@@ -150,8 +154,8 @@ def teacher_input(image: Tensor, patch_size: int, teacher_patch: int = 14) -> Te
 class Alignment(nn.Module):
     """REPA: compare what an MLP predicts from the tokens after a block with the tokens of the teacher.
 
-    The tokens are those of the network's latest pass. In FlowSeg.loss that is the pass at a uniform t, the
-    choice of REPA. A forward hook notes them, so the network does not know about the alignment.
+    The tokens are those of the first pass after an image was read: in FlowSeg.loss the one at t = 0, which
+    all images take. Forward hooks note them, so the network does not know about the alignment.
 
     network: Network. path: public DINOv2 weights. depth: number of blocks before the tokens are taken; all
     of them in a shallower network. weight: factor of this loss in the total.
@@ -173,13 +177,20 @@ class Alignment(nn.Module):
             nn.Linear(width, width),
         ).to(device)
         last = min(depth, len(network.blocks)) - 1
+        self.tokens: Tensor | None = None
+        network.image_encoder.register_forward_hook(self.forget)
         network.blocks[last].register_forward_hook(self.note)
         # By default torch.compile may run a block with a hook by the code of an equal one without.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
 
+    def forget(self, encoder: nn.Module, inputs: tuple, outputs: tuple) -> None:
+        """A new image was read: the next tokens are its first."""
+        self.tokens = None
+
     def note(self, block: nn.Module, inputs: tuple, tokens: Tensor) -> None:
-        """Keep the tokens (B, L, D) that the block has just returned."""
-        self.tokens = tokens
+        """Keep the tokens (B, L, D) that the block has just returned, unless there are some of this image."""
+        if self.tokens is None:
+            self.tokens = tokens
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the mean of 1 - cosine over the tokens of the image the network has just seen.

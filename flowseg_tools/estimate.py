@@ -16,12 +16,23 @@ SHARE_IN_BFLOAT16 = 0.6  # of the float32 bytes kept for the backward pass: some
 def counted(config: ModelConfig, size: int, activation_checkpointing: bool = False) -> tuple[int, int, int]:
     """Parameters, FLOPs of a training step of one image, and bytes that it keeps for the backward pass.
 
+    Second states count by their share: between a step without them and one where every image has its own.
+    """
+    parameters, flops, kept = _count_step(replace(config, later_share=0.0), size, activation_checkpointing)
+    _, all_flops, all_kept = _count_step(replace(config, later_share=1.0), size, activation_checkpointing)
+    share = config.later_share
+    return parameters, round(flops + share * (all_flops - flops)), round(kept + share * (all_kept - kept))
+
+
+def _count_step(config: ModelConfig, size: int, activation_checkpointing: bool) -> tuple[int, int, int]:
+    """What `counted` returns, where either no image has a second state or every one.
+
     FLOPs are those of products and convolutions in `FlowSeg.loss`, forward and backward. Bytes are of float32
     and leave out attention matrices, which the kernels of a GPU do not keep. Nothing is computed, since
     tensors on the meta device have shapes only.
     """
     with torch.device("meta"):
-        model = FlowSeg(replace(config, encoding="kronecker")).to("meta")  # the words of a code take seconds
+        model = FlowSeg(config).to("meta")
         image = torch.zeros(1, 3, size, size)
         labels = torch.zeros(1, size, size, dtype=torch.int64)
     model.network.activation_checkpointing = activation_checkpointing

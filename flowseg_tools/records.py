@@ -7,11 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from data import evenly_spaced
 from flowseg_tools import draw
-from flowseg_tools.predict import segment_photo
+from flowseg_tools.predict import segment_photo, to_input
 from flowseg_tools.runs import RunError, environment, replace_text
+from model import FlowSeg, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
 NUM_PREVIEWS = 4  # validation images in preview.png
@@ -79,10 +81,12 @@ def introduce(run, origin: str | Path) -> None:
     network = run.model.config
     millions = sum(parameter.numel() for parameter in run.ema.parameters()) / 1e6
     bits = "bfloat16" if run.bfloat16 else "float32"
+    states = f"{network.encoding} centroids in {network.encoding_dims} dimensions"
+    teacher = f", aligned with {config.teacher}" if config.teacher else ""
     for line in (
         f"data: {run.data.name}, {len(run.data):,} training images, {network.num_classes} classes",
         f"network: preset {config.preset}, {millions:.1f} M parameters, {bits}, from {origin}",
-        f"flow: {network.objective}, {network.encoding} centroids in {network.encoding_dims} dimensions",
+        f"flow: {network.objective}, {states}{teacher}",
         f"run: {run.folder}, {config.max_steps:,} steps of {config.batch_size} images on "
         f"{run.world} x {run.device}",
     ):
@@ -105,19 +109,29 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
         return
     if scores["mIoU"] > run.best:
         run.ema.save(run.folder / "best.safetensors", **facts)
-    run.log.write(run.step, **scores)
     rows = []
+    distances = []
     notes = []
     for i in evenly_spaced(len(run.held_out), NUM_PREVIEWS):
         photo, truth = run.held_out[i]
         prediction, _ = segment_photo(run.ema, photo, config.crop_size)
         rows.append((photo, truth, prediction))
+        end = run.ema.sample(to_input(photo, config.crop_size).to(run.device))
+        distances.append(crispness(run.ema, end))
         iou = metrics.images.get(i, math.nan)
         notes.append("" if math.isnan(iou) else f"IoU {iou:.0%}")
+    run.log.write(run.step, **scores, crispness=sum(distances) / len(distances))
     title = f"step {run.step:,}: validation mIoU {scores['mIoU']:.1%}"
     palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
     draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
     draw.save(run.folder / "curves.png", draw.training_curves(run.log.lines()))
+
+
+def crispness(model: FlowSeg, x: Tensor) -> float:
+    """How far the states x (B, dims, H, W) are from a mask painted in centroids: the mean distance of a pixel
+    to the nearest centroid, in units of the least distance between two centroids. 0 is a mask."""
+    d, _ = squared_distances(x.movedim(1, -1).flatten(0, 2), model.centroids)
+    return float((d.amin(0) / least_spacing(model.centroids)).sqrt().mean())
 
 
 def scores_of(metrics, classes: Iterable[str]) -> dict:

@@ -195,6 +195,8 @@ def load_state(
             parameter = parameters[name]
             if value.ndim and value.shape != parameter.shape:
                 raise RuntimeError(f"{key} is {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+            if (kind == "momentum") != ("momentum" in owners[parameter].defaults):
+                raise RuntimeError(f"{key} is of another optimizer")
             owners[parameter].state[parameter][kind] = value.to(parameter.device)
         whole.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:  # settings that --allow-changes let through

@@ -283,7 +283,8 @@ def test_previews_have_equal_tiles_and_at_most_twelve_entries():
     heights = np.diff(np.flatnonzero(np.diff(tile[:, 40].astype(int))))[::2]
     assert columns > 300 and set(heights.tolist()) == {columns}
     legend = sheet[np.flatnonzero(tile.any(1))[-1] + 1 :].reshape(-1, 3)
-    assert len({tuple(color) for color in palette.tolist()} & {tuple(color) for color in legend.tolist()}) == 11
+    drawn = {tuple(color) for color in legend.tolist()}
+    assert len(drawn & {tuple(color) for color in palette.tolist()}) == 11
 
 
 def test_a_heat_map_grows_lighter_and_has_a_scale():

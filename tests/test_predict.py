@@ -17,7 +17,10 @@ from flowseg_tools.predict import assign_photo, decode, segment_photo, to_input,
 from model import CheckpointInfo, FlowSeg, ModelConfig
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"hidden_size": 16, "depth": 1, "num_heads": 2, "nerf_depth": 1, "nerf_width": 8, "conv_width": 8}
+SMALL = {
+    "hidden_size": 16, "depth": 1, "num_heads": 2, "nerf_depth": 1, "nerf_width": 8, "conv_width": 8,
+    "encoding_dims": 11,
+}  # fmt: skip
 
 
 def small(num_classes: int, **settings) -> FlowSeg:
