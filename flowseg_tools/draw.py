@@ -70,11 +70,11 @@ def missing_letters(names: Iterable[str]) -> str:
 def shorten(text: str, face: ImageFont.FreeTypeFont, width: float) -> str:
     """One line of text that is at most `width` pixels long."""
     text = " ".join(text.split())
-    if face.getlength(text) <= width:
-        return text
-    while text and face.getlength(text + "…") > width:
+    shown = text
+    while text and face.getlength(shown) > width:
         text = text[:-1]
-    return text.rstrip() + "…"
+        shown = text + "…"
+    return shown
 
 
 # ---------------------------------------------------------------- files
@@ -165,12 +165,9 @@ def colorize(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
 
 
 def overlay(
-    photo: Image.Image,
-    labels: np.ndarray,
-    palette: np.ndarray,
-    clear: Collection[int] = (),
+    photo: Image.Image, labels: np.ndarray, palette: np.ndarray, clear: Collection[int] = (),
     alpha: float = 0.5,
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """The photo under a translucent mask with thin light contours.
 
     Ignored pixels, and those of classes that are `clear`, show the photo itself.
@@ -251,27 +248,15 @@ def overlay_sheet(
 
 
 def heat(grey: Image.Image, title: str) -> Image.Image:
-    """Values in [0, 1], as 8-bit grey, in the colours of a scale that is drawn below them."""
-    positions = np.linspace(0, 1, len(SCALE))
-    every = np.linspace(0, 1, 256)
-    ramp = np.stack([np.interp(every, positions, channel) for channel in zip(*SCALE, strict=True)], axis=1)
-    ramp = np.rint(ramp).astype(np.uint8)
+    """Values in [0, 1], as 8-bit grey, in the colours of a scale, which is the legend."""
+    stops = np.linspace(0, 255, len(SCALE))
+    ramp = np.stack(
+        [np.interp(np.arange(256), stops, channel) for channel in zip(*SCALE, strict=True)], axis=1
+    )
+    ramp = np.rint(ramp).astype(np.uint8)  # (256, 3)
     picture = Image.fromarray(ramp[np.asarray(for_viewing(grey))])
-
-    size = _text_size(picture)
-    face = font(size)
-    width = max(picture.width, 20 * size)
-    sheet = Image.new("RGB", (width + 2 * size, picture.height + 6 * size), PAPER)
-    sheet.paste(picture, (size, size))
-    draw = ImageDraw.Draw(sheet)
-    top = picture.height + 2 * size
-    draw.text((size, top), title, INK, face, anchor="lt")
-    bar = Image.fromarray(ramp[None]).resize((width, size))
-    sheet.paste(bar, (size, top + round(1.3 * size)))
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        anchor = {0: "lt", 1: "rt"}.get(tick, "mt")
-        draw.text((size + tick * width, top + 2.6 * size), f"{tick:g}", INK, face, anchor=anchor)
-    return sheet
+    scale = [(f"{share:g}", ramp[round(255 * share)], None) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    return with_legend(grid([picture], [title], 1), scale, size=max(20, picture.width // 60))
 
 
 def for_viewing(image: Image.Image, resample: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:
@@ -280,12 +265,6 @@ def for_viewing(image: Image.Image, resample: Image.Resampling = Image.Resamplin
     if image.width * image.height > MOST_PIXELS:
         scale = math.sqrt(MOST_PIXELS / (image.width * image.height))
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
-
-
-def _text_size(image: Image.Image, entries: int = 30) -> int:
-    """Pixels of type that goes with an image: it grows with the image and shrinks with many entries."""
-    room = image.width * image.height / max(30, entries)
-    return int(np.clip(math.sqrt(room) / 9, 12, 80))
 
 
 # ---------------------------------------------------------------- sheets
@@ -306,7 +285,9 @@ def with_legend(
         entries = [*entries[: most - 1], (f"+ {len(rest)} more", None, percent)]
 
     # An entry is a swatch, a name and a share, as wide as the widest of each.
-    size = size or _text_size(image, len(entries))
+    if size is None:
+        room = image.width * image.height / max(30, len(entries))
+        size = int(np.clip(math.sqrt(room) / 9, 12, 80))
     face = font(size)
     line = round(1.6 * size)
     gap = 2 * size
@@ -395,7 +376,7 @@ def grid(tiles: Sequence[Image.Image], captions: Sequence[str], columns: int, ti
     """Pictures in the middle of equal tiles, each under its caption, if it has one."""
     width = max(tile.width for tile in tiles)
     height = max(tile.height for tile in tiles)
-    gap = int(np.clip(width / 18, 12, 40))
+    gap = int(np.clip(width / 18, 12, max(24, width / 60)))
     line = round(1.6 * gap)
     face = font(gap)
     captions = [*captions, *[""] * (len(tiles) - len(captions))]

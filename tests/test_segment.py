@@ -556,25 +556,28 @@ def test_any_error_at_one_photo_fails_that_photo_alone(tmp_path, error, words):
     assert all(word in records[1]["note"] for word in [*words, "b"])
 
 
-def test_the_pixels_in_hand_are_bounded_and_a_larger_photo_goes_alone(tmp_path, monkeypatch):
-    sizes = {f"{k}": size for k, size in enumerate([4, 4, 4, 30, 4, 9, 10, 4, 11, 1] * 3)}
-    monkeypatch.setattr(segment, "PIXELS_IN_HAND", 10)
+def test_of_large_photos_one_is_in_hand_at_a_time(tmp_path, monkeypatch):
+    sizes = {f"{k}": size for k, size in enumerate([4, 30, 4, 11, 30, 9, 10, 40, 11, 1] * 3)}
+    monkeypatch.setattr(segment, "SMALL_PIXELS", 10)
     monkeypatch.setattr(segment, "_header", lambda photo: (sizes[photo], "RGB", {}))
-    lock, hand, most = threading.Lock(), [], []
+    lock, hand, seen = threading.Lock(), [], []
 
     def work(photo, files):
         with lock:
             hand.append(sizes[photo])
-            most.append(list(hand))
+            seen.append(list(hand))
         time.sleep(0.005)
         with lock:
             hand.remove(sizes[photo])
+        if photo == "4":
+            raise MemoryError
         return {}
 
     records = list(segment.segment_all(plan_of(tmp_path, sizes), work))
     assert [record["photo"] for record in records] == list(sizes)
-    assert all(sum(held) <= 10 or len(held) == 1 for held in most)
-    assert max(len(held) for held in most) > 1
+    assert [record["photo"] for record in records if record["state"] == "failed"] == ["4"]
+    assert all(sum(size > 10 for size in held) <= 1 and len(held) <= segment.THREADS for held in seen)
+    assert max(len(held) for held in seen) > 1
 
 
 def test_pixels_are_counted_from_the_header(tmp_path):
