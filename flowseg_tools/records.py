@@ -126,7 +126,8 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
     palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
     try:
         draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
-        draw.save(run.folder / "curves.png", draw.training_curves(run.log.lines()))
+        if lines := run.log.lines():
+            draw.save(run.folder / "curves.png", draw.training_curves(lines))
     except PictureError as error:
         run.console.print(f"warning: {error}; training goes on", style="yellow")
 
