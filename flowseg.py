@@ -246,7 +246,7 @@ def evaluate(
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
     from rich.progress import track
 
-    from data import open_dataset
+    from data import MAX_PIXELS, open_dataset
     from flowseg_tools import draw
     from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
@@ -257,7 +257,7 @@ def evaluate(
         check_writable(report.parent if report.suffix else report)
     model = load(checkpoint or weights, device)
     data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
-    data.max_pixels = max_pixels or data.max_pixels
+    data.max_pixels = max_pixels or MAX_PIXELS
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)

@@ -56,7 +56,7 @@ class Log:
         found = []
         with suppress(OSError):
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     found.append(json.loads(line))
         return found
 
@@ -126,8 +126,9 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
     palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
     try:
         draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
-        draw.save(run.folder / "curves.png", draw.training_curves(run.log.lines()))
-    except PictureError as error:  # a full disk, say: no picture is worth a run
+        if lines := run.log.lines():
+            draw.save(run.folder / "curves.png", draw.training_curves(lines))
+    except PictureError as error:
         run.console.print(f"warning: {error}; training goes on", style="yellow")
 
 

@@ -611,7 +611,7 @@ def test_a_run_writes_what_the_other_commands_need(tmp_path):
     assert run(tmp_path / "run", steps=2) == 0
     names = {path.name for path in (tmp_path / "run").iterdir()}
     weights = {f"{name}.safetensors" for name in ("last", "best", "state")}  # one state: saved once
-    assert names == weights | {"config.json", "metrics.jsonl", "preview.png", ".lock"}
+    assert names == weights | {"config.json", "metrics.jsonl", "preview.png", "curves.png", ".lock"}
     info = FlowSeg.load(tmp_path / "run" / "last.safetensors").info
     labels = ShapesDataset("training").labels
     assert info.classes == tuple(labels.classes)
