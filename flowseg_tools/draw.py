@@ -433,7 +433,7 @@ def training_curves(log: Iterable[Mapping]) -> Image.Image:
                 points.append((entry["step"], entry[name] * (100 if name == "mIoU" else 1)))
     titles = {"loss": "loss", "mIoU": "validation mIoU, %", "lr": "learning rate"}
     panels = {title: {name: lines[name]} for name, title in titles.items() if lines[name]}
-    return plots(panels, "step", height=300)
+    return plots(panels or {"nothing was logged": {"loss": [(0, 0)]}}, "step", height=300)
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Image.Image:

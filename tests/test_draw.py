@@ -308,6 +308,7 @@ def test_pictures_to_look_at_are_neither_tiny_nor_huge():
 def test_training_curves_have_a_panel_for_what_was_logged():
     log = [{"step": k, "loss": 5 / k, "lr": 1e-4} for k in range(1, 50)] + [{"step": 9, "loss": None}]
     assert draw.training_curves(log).size == (900, 600)
+    assert draw.training_curves([]).size == (900, 300)
     drawn = draw.training_curves([*log, {"step": 25, "mIoU": 0.2}, {"step": 50, "mIoU": 0.3}])
     assert drawn.size == (900, 900)
     for top in (0, 300, 600):
