@@ -2,8 +2,8 @@
 
     python -m experiments.encoder DIR [--steps N] [--data NAME ...] [--root DIR]
 
-A small vision transformer in the public format is trained by `flowseg train --finetune-encoder` on `shapes` (14
-classes) and saved as .pth. Frozen, it is then the encoder of other data sets, beside the same transformer
+A small vision transformer in the public format is trained by `flowseg train --finetune-encoder` on `shapes`
+(14 classes) and saved as .pth. Frozen, it is then the encoder of other data sets, beside the same transformer
 untrained and none. It says nothing about the quality of DINOv2's own weights. Runs that are done are not
 repeated: the same command continues.
 """
