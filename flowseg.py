@@ -149,8 +149,14 @@ def train(
     root: Root = None,
     workers: Annotated[Number, value(DATA, "N", "Processes that load images.", "0", least=0)] = None,
     max_pixels: MaxPixels = None,
-    preset: Annotated[Text, value(MODEL, "NAME", "tiny, small, base, large or xl.", "tiny")] = None,
+    preset: Annotated[
+        Text, value(MODEL, "NAME", "tiny, small, base, large, xl, vit-s or vit-b.", "tiny")
+    ] = None,
     init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
+    encoder: Annotated[File, value(MODEL, "FILE", "DINOv2 weights for the image path.", "none")] = None,
+    finetune_encoder: Annotated[
+        bool, flag(MODEL, "--finetune-encoder", "Train them, too, at a tenth of the learning rate.")
+    ] = False,
     objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
     recipe: Annotated[Text, value(TRAINING, "NAME", f"{', '.join(RECIPES)}.", "none")] = None,
     max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "480", least=1)] = None,
@@ -191,7 +197,7 @@ def train(
         "objective": objective, "recipe": recipe, "max_steps": max_steps, "batch_size": batch_size,
         "crop_size": crop_size, "seed": seed, "save_every": save_every, "dtype": dtype,
         "compile": compile or None, "deterministic": deterministic or None,
-        "tensorboard": tensorboard or None,
+        "tensorboard": tensorboard or None, "encoder": encoder, "finetune_encoder": finetune_encoder or None,
     }  # fmt: skip
     given = {}
     for name, value in options.items():
@@ -374,10 +380,10 @@ def info(
     elif what.endswith(".safetensors") or (Path(what) / "config.json").is_file():
         from dataclasses import asdict
 
+        from flowseg_tools.dinov2 import DinoFlowSeg
         from flowseg_tools.runs import newest_checkpoint
-        from model import FlowSeg
 
-        model = FlowSeg.load(newest_checkpoint(Path(what)))
+        model = DinoFlowSeg.load(newest_checkpoint(Path(what)))
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
         from flowseg_tools.check import describe, draw_preview
@@ -491,13 +497,14 @@ def print_table(columns: tuple, rows: list) -> None:
 
 def load(checkpoint: Path | None, device: str = "auto"):
     """The model of a checkpoint or run directory, by default of the newest run, which is then named."""
+    from flowseg_tools.dinov2 import DinoFlowSeg
     from flowseg_tools.runs import newest_checkpoint, pick_device
-    from model import CheckpointError, FlowSeg
+    from model import CheckpointError
 
     if checkpoint is None or checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
         err.print(f"weights: {checkpoint}")
-    model = FlowSeg.load(checkpoint, pick_device(device))
+    model = DinoFlowSeg.load(checkpoint, pick_device(device))
     if not model.info.classes:
         raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")
     return model

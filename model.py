@@ -57,6 +57,13 @@ class ModelConfig:
     nerf_width: int = 32  # Dx, width of a pixel inside the neural field
     nerf_mlp_ratio: int = 1  # r, expansion inside a block of the neural field
     conv_width: int = 24  # channels of the image encoder at full resolution
+    # A public vision transformer beside it (flowseg_tools/dinov2.py), whose file tells its sizes; 0: none.
+    vit_width: int = 0
+    vit_depth: int = 12
+    vit_patch: int = 14
+    vit_grid: int = 37  # rows of patches that its positions were trained for
+    vit_registers: int = 0  # tokens that belong to no patch
+    finetune_encoder: bool = False  # train it, too
     # The flow. The paper has encoding kronecker, 3 dimensions, tau 1 and weight 1; docs/RESULTS.md compares.
     encoding: str = "coded"  # | kronecker
     encoding_dims: int = 19  # channels of the state
@@ -84,9 +91,10 @@ class ModelConfig:
 MODEL_RANGES = {  # lowest and highest value of every number, or all words that are allowed
     "num_classes": (2, 255), "patch_size": (1, 64), "hidden_size": (4, 16_384), "depth": (0, 1000),
     "num_heads": (1, 1024), "nerf_depth": (0, 100), "nerf_width": (1, 4096), "nerf_mlp_ratio": (1, 64),
-    "conv_width": (8, 4096), "encoding_dims": (3, 255), "encoding": ("coded", "kronecker"),
-    "objective": ("reshaped", "vanilla"), "eps": (1e-9, 1e6), "tau": (1e-4, 1e4), "phi_weight": (0.0, 1e6),
-    "later_share": (0.0, 1.0), "steps": (1, 1000),
+    "vit_width": (0, 4096), "vit_depth": (1, 100), "vit_patch": (1, 64), "vit_grid": (1, 1000),
+    "vit_registers": (0, 100), "conv_width": (8, 4096), "encoding_dims": (3, 255),
+    "encoding": ("coded", "kronecker"), "objective": ("reshaped", "vanilla"), "eps": (1e-9, 1e6),
+    "tau": (1e-4, 1e4), "phi_weight": (0.0, 1e6), "later_share": (0.0, 1.0), "steps": (1, 1000),
 }  # fmt: skip
 
 
@@ -423,7 +431,11 @@ class FlowSeg(nn.Module):
     def save(self, path: str | Path, **metadata) -> None:
         """Write the weights atomically as .safetensors; metadata are fields of CheckpointInfo."""
         facts = {"format": FORMAT, "config": asdict(self.config), **asdict(CheckpointInfo(**metadata))}
-        write_tensors(self.state_dict(), path, facts)
+        write_tensors(self.stored(), path, facts)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint holds."""
+        return self.state_dict()
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "FlowSeg":

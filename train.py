@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced, open_dataset
 from flowseg_tools import records, runs
 from flowseg_tools.check import before_training
-from flowseg_tools.dinov2 import Alignment
+from flowseg_tools.dinov2 import Alignment, DinoFlowSeg, load_encoder
 from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError, process, summed
@@ -61,6 +61,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
     ema_decay: float = 0.995
+    encoder: str = ""  # DINOv2 weights for the image path; none: its convolutions alone
     teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
@@ -249,10 +250,14 @@ def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.opt
     Matrices decay; biases, norms and embeddings do not. AdamW's second moment forgets after about 100 steps
     instead of the usual 1000, because runs may be short.
     """
-    hidden, matrices, others = [], [], []
+    hidden, matrices, others, public = [], [], [], []
     for name, parameter in objective.named_parameters():
         outer = name.removeprefix("model.network.").startswith((*FIRST, *LAST))
-        if parameter.ndim < 2:
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("model.network.vit."):  # it was trained already
+            public.append(parameter)
+        elif parameter.ndim < 2:
             others.append(parameter)
         elif config.optimizer == "adamw" or outer:
             matrices.append(parameter)
@@ -262,6 +267,8 @@ def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.opt
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    if public:
+        groups.append({"params": public, "weight_decay": config.weight_decay, "lr_scale": 0.1})
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
     return [adamw, Muon(hidden, config.lr, config.weight_decay)] if hidden else [adamw]
 
@@ -379,8 +386,12 @@ class Run:
 
         # The network, from random weights or from others; alignment is trained with it, but not exported.
         torch.manual_seed(config.seed)
-        model = kind(network)
+        model = (DinoFlowSeg if network.vit_width else kind)(network)
         origin = "random weights"
+        if config.encoder:
+            load_encoder(model.network, config.encoder)
+        elif network.vit_width and (not config.init or config.init.endswith(".ckpt")):
+            raise RunError(f"preset {config.preset} needs --encoder FILE; `flowseg download` lists DINOv2")
         if config.init and not (folder / runs.STATE).exists():
             origin = runs.newest_checkpoint(Path(config.init), command_for(config.init))
             start_from(model, origin)
@@ -526,14 +537,14 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
         # One training step: gradient, clipping, update. Without a finite gradient it is left out.
         parts = [next(loader) for _ in range(config.grad_accum_steps)]
         values = backward(run.objective, parts, noise_generators(config, run.step), run.bfloat16, run.device)
-        parameters = list(run.objective.parameters())
+        parameters = [parameter for parameter in run.objective.parameters() if parameter.requires_grad]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         failures = 0 if norm.isfinite() else failures + 1
         if failures == 0:
             nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(run.step, config)
+                    group["lr"] = learning_rate(run.step, config) * group.get("lr_scale", 1.0)
                 optimizer.step()
         elif failures == MOST_FAILURES:
             raise RunError(explain_failure(run, parts))

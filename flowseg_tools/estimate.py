@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import FlowSeg, ModelConfig
+from flowseg_tools.dinov2 import DinoFlowSeg
+from model import ModelConfig
 
 H100_TFLOPS = 989  # in bfloat16, dense, by its data sheet
 UTILISATION = 0.4  # share of it that training is taken to reach
@@ -32,7 +33,7 @@ def _count_step(config: ModelConfig, size: int, activation_checkpointing: bool) 
     tensors on the meta device have shapes only.
     """
     with torch.device("meta"):
-        model = FlowSeg(config).to("meta")
+        model = DinoFlowSeg(config).to("meta")
         image = torch.zeros(1, 3, size, size)
         labels = torch.zeros(1, size, size, dtype=torch.int64)
     model.network.activation_checkpointing = activation_checkpointing
@@ -59,7 +60,8 @@ def cost(config, network: ModelConfig, world: int) -> dict:
     """Both configurations and what the run takes on `world` H100 GPUs; config is a TrainConfig.
 
     Memory is 20 bytes a parameter (weights, gradients, two moments and EMA in float32), with bfloat16 2 more
-    for a copy of the weights; and, for every image at a time, what is kept for the backward pass.
+    for a copy of the weights; 12 less for a frozen one, which has neither gradient nor moments; and what is
+    kept for the backward pass of every image at a time.
     """
     parameters, flops, kept = counted(network, config.crop_size, config.activation_checkpointing)
     images = config.batch_size // world // config.grad_accum_steps
@@ -68,7 +70,9 @@ def cost(config, network: ModelConfig, world: int) -> dict:
     if config.dtype != "float32":
         bytes_each = 22
         share = SHARE_IN_BFLOAT16
-    fixed = bytes_each * parameters / 1e9
+    with torch.device("meta"):
+        frozen = sum(p.numel() for p in DinoFlowSeg(network).parameters() if not p.requires_grad)
+    fixed = (bytes_each * parameters - 12 * frozen) / 1e9
     grows = images * share * kept / 1e9
     tera = config.batch_size * flops / 1e12
     hours = config.max_steps * tera / (UTILISATION * H100_TFLOPS) / 3600

@@ -23,7 +23,7 @@ from model import CheckpointError, FlowSeg, ModelConfig, Network, tensor_faults
 PUBLIC_NAMES = tomllib.loads((Path(__file__).parent / "tables/pixnerd.toml").read_text(encoding="utf-8"))
 EMA = "ema_denoiser."
 # What else a public checkpoint holds: the raw weights that the EMA follows, and what trained them.
-IMAGE_PATH = ("image_", "token_to_velocity")  # what PixNerd does not have
+IMAGE_PATH = ("image_", "token_to_velocity", "vit.")  # what PixNerd does not have
 SKIPPED = ("denoiser.", "diffusion_trainer.")
 # A valid size where no tensor tells one: the comparison of names then says which tensors are missing.
 UNKNOWN_SIZE = 4
@@ -91,7 +91,7 @@ def start_from(model: FlowSeg, path: str | Path) -> None:
     The classes may differ. Raises CheckpointError if the networks do not fit.
     """
     path = Path(path)
-    source = FlowSeg.load(path) if path.suffix == ".safetensors" else import_pixnerd(path)
+    source = type(model).load(path) if path.suffix == ".safetensors" else import_pixnerd(path)
     weights = widened(source.network, model.network)
     if faults := tensor_faults(weights, model.network.state_dict()):
         raise CheckpointError(f"{path} has another network ({faults}); match --preset")
@@ -201,7 +201,7 @@ def widened(source: Network, target: Network) -> dict[str, Tensor]:
 
     # The image encoder keeps its random start; the maps that let it act are zero.
     for name, value in own.items():
-        if name.startswith("image_encoder"):
+        if name.startswith(("image_encoder", "vit.")):
             weights[name] = value
         elif name.startswith(IMAGE_PATH):
             weights[name] = torch.zeros_like(value)

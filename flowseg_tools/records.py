@@ -99,11 +99,14 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
     config = run.config
     scores = metrics.scores if metrics else {}
     table = run.data.labels
+    made_with = environment()
+    if config.encoder:
+        made_with["encoder"] = Path(config.encoder).name
     facts = {
         "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "colors": table.colors,
         "clear": table.clear, "dataset": config.dataset, "root": config.root,
         "crop_size": config.crop_size, "step": run.step, "protocol": protocol or {},
-        "environment": environment(), **scores,
+        "environment": made_with, **scores,
     }  # fmt: skip
     run.ema.save(run.folder / "last.safetensors", **facts)
     if metrics is None:

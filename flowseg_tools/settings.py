@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from data import nearest, open_dataset
+from flowseg_tools.dinov2 import encoder_config
 from flowseg_tools.runs import RunError
 from model import ModelConfig
 
@@ -20,6 +21,8 @@ def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
     kinds = {field.name: type(field.default) for field in (*fields(ModelConfig), *fields(kind))}
     del kinds["num_classes"]  # the data set decides
     chosen = merge(given, settings, kinds, kind.preset)
+    if chosen.get("encoder"):
+        chosen |= encoder_config(chosen["encoder"])
     try:
         config = kind(**{name: chosen[name] for name in chosen if hasattr(kind, name)})
         data = open_dataset(config.dataset, "training", config.root, strict=False)  # for its label table

@@ -656,6 +656,7 @@ def test_with_json_stdout_is_json_and_nothing_else(here):
 # ---------------------------------------------------------------- outputs
 
 
+@pytest.mark.slow
 def test_the_same_bytes_alone_in_a_folder_in_any_order_and_with_more_threads(here):
     kinds = ["--overlay", "--confidence", "--entropy", "--trajectory"]
     names = [f"{k}.png" for k in range(3)]

@@ -457,6 +457,7 @@ def muon_steps():
     return tensors | {f"momentum {i}": optimizer.state[w]["momentum"] for i, w in enumerate(weights)}
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_matrices_of_muon_are_one(tmp_path):
     processes = []
     for rank in range(2):
