@@ -264,7 +264,8 @@ def segment(
         segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
         raw_ids=ids == "raw", max_pixels=max_pixels or MAX_PIXELS,
     )  # fmt: skip
-    records = tell(segment_all(planned, work), len(photos), out, err, quiet)
+    screen = err if as_json else out  # stdout then holds the JSON alone
+    records = tell(segment_all(planned, work), len(photos), screen, err, quiet)
     if report:
         write_report(report, records)
     if as_json:
@@ -291,7 +292,9 @@ def info(
     elif what.endswith(".safetensors"):
         from dataclasses import asdict
 
-        model = load(Path(what))
+        from model import FlowSeg
+
+        model = FlowSeg.load(what)
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
         from flowseg_tools.check import describe
@@ -382,8 +385,8 @@ def main() -> None:
     sys.path[:] = [own, *(place for place in sys.path if place != own)]
     from flowseg_tools.terminal import Steady, describe_error
 
-    sys.stdout = Steady(sys.stdout)
-    sys.stderr = Steady(sys.stderr)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Steady(getattr(sys, name)))
     try:
         code = app(prog_name="flowseg", standalone_mode=False)
     except KeyboardInterrupt:

@@ -51,20 +51,20 @@ class TrainConfig:
     preset: str = "tiny"
     init: str = ""  # weights or run directory to start from
     seed: int = 0
-    max_steps: int = 800
+    max_steps: int = 600
     batch_size: int = 8  # images per training step, over all processes
     grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
     crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
-    optimizer: str = "adamw"  # | muon
+    optimizer: str = "muon"  # | adamw
     lr: float = 4e-3
-    warmup_steps: int = 100  # linear warm-up, then cosine to zero
+    warmup_steps: int = 60  # linear warm-up, then cosine to zero
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
     ema_decay: float = 0.995
     teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
-    eval_every: int = 800
+    eval_every: int = 200
     save_every: int = 200
     log_every: int = 25
     num_workers: int = 0  # processes that load images
@@ -168,17 +168,28 @@ def evaluate(
 def orthogonal(matrix: Tensor) -> Tensor:
     """About the orthogonal matrix nearest to `matrix`: its singular values become 0.7 to 1.2.
 
-    Five Newton-Schulz steps x <- a x + b (x x') x + c (x x')^2 x (Jordan et al., Muon, 2024), which need
-    neither a decomposition nor more than bfloat16.
+    Five Newton-Schulz steps X <- (a I + b A + c A^2) X with A = X X' (Jordan et al., Muon, 2024) need no
+    decomposition. On CUDA bfloat16 is enough for them. On a CPU in float32 the steps are taken on the small
+    matrix A alone, A <- S A S, and only their product P meets the long side of X.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    tall = x.shape[0] > x.shape[1]
-    x = x.mT if tall else x  # the smaller side makes the smaller products
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    tall = matrix.shape[0] > matrix.shape[1]
+    X = matrix.mT if tall else matrix
+    X = X / (X.norm() + 1e-7)
+    if X.is_cuda:
+        X = X.bfloat16()
+        for _ in range(5):
+            A = X @ X.mT
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    else:
+        A = X @ X.mT
+        identity = torch.eye(len(X))
+        P = identity
+        for _ in range(5):
+            S = 3.4445 * identity - 4.7750 * A + 2.0315 * A @ A
+            P = S @ P
+            A = S @ A @ S
+        X = P @ X
+    return (X.mT if tall else X).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -219,8 +230,8 @@ class Muon(torch.optim.Optimizer):
 
 
 # Layers that Muon leaves to AdamW: the first ones, which see colours and time, and the last ones.
-FIRST = ("patch_embed", "pixel_embed", "time_mlp.0", "image_encoder.down.0.0")
-LAST = ("head", "image_to_velocity")
+FIRST = ("patch_embed", "pixel_embed", "time_mlp.0", "image_encoder.down.0.")
+LAST = ("head", "image_to_velocity", "token_to_velocity")
 
 
 def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -447,6 +458,8 @@ def train(
         stack.enter_context(runs.process_group(device))
         if process()[0] > 0:
             console = Console(quiet=True)
+        if device.type == "cpu":
+            runs.keep_freed_memory()
         run = Run(config, network, folder, device, console, kind, allow_changes, stack)
         signals = stack.enter_context(runs.caught_signals())
         bar = stack.enter_context(Progress(console=console, disable=not console.is_terminal, expand=True))

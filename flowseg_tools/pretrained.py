@@ -22,6 +22,7 @@ from model import CheckpointError, FlowSeg, ModelConfig, Network, tensor_faults
 PUBLIC_NAMES = tomllib.loads((Path(__file__).parent / "tables/pixnerd.toml").read_text(encoding="utf-8"))
 EMA = "ema_denoiser."
 # What else a public checkpoint holds: the raw weights that the EMA follows, and what trained them.
+IMAGE_PATH = ("image_", "token_to_velocity")  # what PixNerd does not have
 SKIPPED = ("denoiser.", "diffusion_trainer.")
 # A valid size where no tensor tells one: the comparison of names then says which tensors are missing.
 UNKNOWN_SIZE = 4
@@ -84,7 +85,7 @@ def read_pixnerd(path: str | Path) -> Network:
         # Every tensor of the file must be one of ours, and every one of ours but the image path in the file.
         public = {}
         for name in ours:
-            if not name.startswith("image_to"):
+            if not name.startswith(IMAGE_PATH):
                 public[name] = pixnerd_name(name, config.depth)
         expected = {public[name]: ours[name] for name in public}
         table = public["null_class"]
@@ -122,7 +123,6 @@ def pixnerd_config(shapes: dict[str, torch.Size]) -> ModelConfig:
     return ModelConfig(
         num_classes=2,
         encoding_dims=3,
-        conv_width=0,
         patch_size=math.isqrt(most_frequent(shapes, r"s_embedder\.proj\.weight", axis=1) // 3),
         hidden_size=hidden_size,
         depth=count_blocks(shapes, "attn"),
@@ -154,8 +154,8 @@ def widened(source: Network, target: Network) -> dict[str, Tensor]:
     """
     weights = source.state_dict()
     own = target.state_dict()
-    image_maps = [value for name, value in weights.items() if name.startswith("image_to")]
-    if any(value.any() for value in image_maps):
+    image_path = [value for name, value in weights.items() if name.startswith(IMAGE_PATH)]
+    if any(value.any() for value in image_path):
         return weights
 
     # State channels are the first columns of what reads the state, and the rows of what writes it.
@@ -170,8 +170,8 @@ def widened(source: Network, target: Network) -> dict[str, Tensor]:
 
     # The image encoder keeps its random start; the maps that let it act are zero.
     for name, value in own.items():
-        if name.startswith("image_to"):
-            weights[name] = torch.zeros_like(value)
-        elif name.startswith("image_encoder"):
+        if name.startswith("image_encoder"):
             weights[name] = value
+        elif name.startswith(IMAGE_PATH):
+            weights[name] = torch.zeros_like(value)
     return weights

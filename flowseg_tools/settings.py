@@ -23,11 +23,8 @@ def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
     try:
         config = kind(**{name: chosen[name] for name in chosen if hasattr(kind, name)})
         data = open_dataset(config.dataset, "training", config.root, strict=False)  # for its label table
-        network = {"num_classes": len(data.labels.classes)}
-        if network["num_classes"] > 32:  # measured at 11, 14 and 112 classes: docs/RESULTS.md
-            network |= {"encoding": "coded", "encoding_dims": 19}
-        network |= {name: chosen[name] for name in chosen if hasattr(ModelConfig, name)}
-        model_config = ModelConfig(**network)
+        network = {name: chosen[name] for name in chosen if hasattr(ModelConfig, name)}
+        model_config = ModelConfig(num_classes=len(data.labels.classes), **network)
     except ValueError as error:
         raise RunError(str(error)) from error
 

@@ -16,10 +16,12 @@ class Steady:
     """A stream whose failures never end the work: a full disk, a closed terminal, a reader that has gone."""
 
     def __init__(self, stream):
+        if stream is None:  # it was closed before we began
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self._stream = stream
         self.error: Exception | None = None
         with suppress(AttributeError):  # a stream in memory encodes nothing
-            stream.reconfigure(errors="backslashreplace")  # a name that it cannot encode is shown escaped
+            stream.reconfigure(errors="backslashreplace")  # what it cannot encode is shown escaped
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
