@@ -8,6 +8,7 @@ traceback. Whatever needs PyTorch is imported inside the command that needs it, 
 import json
 import os
 import sys
+import traceback
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +111,7 @@ def train(
     init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
     objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
     recipe: Annotated[Text, value(TRAINING, "NAME", f"{', '.join(RECIPES)}.", "none")] = None,
-    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "800", least=1)] = None,
+    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "480", least=1)] = None,
     batch_size: Annotated[
         Number, value(TRAINING, "N", "Images per step.", "8", "--batch-size", "--batch", least=1)
     ] = None,
@@ -123,7 +124,7 @@ def train(
     out_dir: Annotated[
         File, value(RUN, "DIR", "Run directory.", "runs/DATASET-PRESET", "--out", "-o")
     ] = None,
-    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "200", least=1)] = None,
+    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "160", least=1)] = None,
     dtype: Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", "bfloat16 on CUDA")] = None,
     compile: Annotated[bool, flag(RUN, "--compile", "Compile the network first (minutes).")] = False,
     deterministic: Annotated[
@@ -395,6 +396,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         line, code = describe_error(error)
+        traceback.clear_frames(error.__traceback__)  # they hold loaders, which would live on for a while
         err.print(line, style="red")
     if sys.stdout.close_quietly():
         err.print("error: the results could not be written to stdout", style="red")

@@ -26,6 +26,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -263,12 +264,10 @@ class FlowSeg(nn.Module):
             raise ValueError(f"image is {H} x {W}; expected multiples of the patch size {P} (`sample` pads)")
         if x.shape != shape or t.shape != (B,):
             raise ValueError(f"x is {tuple(x.shape)}, t {tuple(t.shape)}; expected {shape} and ({B},)")
-        x1_hat = self._end(x, t, self.source(image), self.network.encode_image(image))
-        return (x1_hat - x) / time_left(t)
+        return self._velocity(x, t, self.network.encode_image(image))
 
-    def _end(self, x_t: Tensor, t: Tensor, x0: Tensor, features: "Features") -> Tensor:
-        """x1_hat (B, dims, H, W), the end that the network aims at from x_t."""
-        return x0 + self.network(x_t, t, features)
+    def _velocity(self, x_t: Tensor, t: Tensor, features: "Features") -> Tensor:
+        return self.network(x_t, t, features)
 
     def source(self, image: Tensor) -> Tensor:
         """x0 (B, dims, H, W): the image followed by zero channels; in memory the channels come last."""
@@ -297,12 +296,13 @@ class FlowSeg(nn.Module):
 
         With x0 = I, a state (1 - t) x0 + t mu[y] would hand the network the label: I is known, so mu[y] can
         be solved for. Sampling has no label and would never visit such a state. Therefore no state is made
-        from the truth. Every image is used at t = 0, where the state is the image itself. A random share of
-        the images is used again at a uniform t, on the straight line to the end that the network aimed at
-        from there, where sampling goes:
+        from the truth. Every image is used twice: at t = 0, where the state is the image itself, and at a
+        uniform t on the straight line to the end that the network aimed at from there, where sampling goes:
 
             x1_hat = x0 + v(x0, 0), without gradient;   x_t = (1 - t) x0 + t x1_hat
-            loss = (R(x0, 0) + R(x_t, t)) / (1 + share)
+            loss = (R(x0, 0) + R(x_t, t)) / 2
+
+        To save time, a random share of the images stands for all of them in the second term.
 
         R is the paper's |v - stopgrad(v_gt - grad Phi)|^2, measured in the end instead of the velocity, since
         the velocity that is needed grows like 1 / (1 - t). The potential has a weight w beside the squared
@@ -315,25 +315,25 @@ class FlowSeg(nn.Module):
         t, choice = draw_random(torch.rand, (len(image), 2), generator).to(image).unbind(1)
         x0 = self.source(image)
         features = self.network.encode_image(image)
-        loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), x0, features, labels, count)
+        loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
 
-        # The second state of some images.
+        # The second state of a random share of the images, which speak for all.
         share = self.config.later_share
         chosen = (choice < share).nonzero()[:, 0]
         if len(chosen):
-            t, x0, labels = t[chosen], x0[chosen], labels[chosen]
+            t = t[chosen]
+            x_t = x0[chosen].lerp(x1_hat[chosen], 1 - time_left(t))
             features = Features(*(values[chosen] for values in features))
-            x_t = x0.lerp(x1_hat[chosen], 1 - time_left(t))
-            later, _, _ = self._loss_at(x_t, t, x0, features, labels, count)
-            loss = loss + later
-        return loss / (1 + share), stats
+            later, _, _ = self._loss_at(x_t, t, features, labels[chosen], count)
+            loss = loss + later / share
+        return loss / 2, stats
 
     def _loss_at(
-        self, x_t: Tensor, t: Tensor, x0: Tensor, features: "Features", labels: Tensor, count: Tensor
+        self, x_t: Tensor, t: Tensor, features: "Features", labels: Tensor, count: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """R and diagnostics at one state per image, and the detached x1_hat (B, dims, H, W)."""
         valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
-        x1_hat = self._end(x_t, t, x0, features)
+        x1_hat = x_t + time_left(t) * self._velocity(x_t, t, features)
         error = x1_hat - self.encode_labels(labels)  # = (1 - t) (v - v_gt)
         phi, grad = self.potential(x1_hat.detach(), labels)
         residual = error
@@ -362,14 +362,12 @@ class FlowSeg(nn.Module):
         H, W = image.shape[-2:]
         P = self.config.patch_size
         image = F.pad(image, (0, -W % P, 0, -H % P), mode="replicate")
-        x0 = self.source(image)
-        features = None if velocity else self.network.encode_image(image)
-        x = x0
+        velocity = velocity or partial(self._velocity, features=self.network.encode_image(image))
+        x = self.source(image)
         yield x[..., :H, :W]
         for i in range(steps):
             t = torch.full((len(x),), i / steps, device=x.device)
-            v = velocity(x, t) if velocity else (self._end(x, t, x0, features) - x) / time_left(t)
-            x = x + v / steps
+            x = x + velocity(x, t) / steps
             yield x[..., :H, :W]
 
     def sample(self, image: Tensor, steps: int | None = None, velocity: Callable | None = None) -> Tensor:
@@ -421,10 +419,8 @@ class FlowSeg(nn.Module):
             with safe_open(path, "pt") as file:
                 facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
                 if facts.pop("format", None) != FORMAT:
-                    expected = f"{FORMAT} from `flowseg train` of this version"
-                    raise CheckpointError(
-                        f"{path} is no FlowSeg checkpoint or an older one; expected {expected}"
-                    )
+                    reason = f"is no FlowSeg checkpoint or an older one; expected {FORMAT}"
+                    raise CheckpointError(f"{path} {reason} from this version's `flowseg train`")
                 with torch.device("meta"):
                     model = cls(ModelConfig(**facts.pop("config")))
                 model.info = CheckpointInfo(**facts)
@@ -436,9 +432,8 @@ class FlowSeg(nn.Module):
                 raise ValueError(listed)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, RecursionError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"{path} is damaged ({reason}); pass another from `flowseg train`"
-            ) from error
+            fix = "pass another from `flowseg train`"
+            raise CheckpointError(f"{path} is damaged ({reason}); {fix}") from error
         model.load_state_dict(weights, assign=True)
         return model.to(device).eval()
 
@@ -552,28 +547,27 @@ class NerfBlock(nn.Module):
         return q + F.silu(self.norm(q) @ w1) @ w2  # (B, L, P P, Dx)
 
 
-def conv_layer(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
-    """A 3 x 3 convolution with group norm and SiLU."""
-    convolution = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-    return nn.Sequential(convolution, nn.GroupNorm(8, channels), nn.SiLU())
+def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
+    """Two 3 x 3 convolutions, each with group norm and SiLU."""
+    layers: list[nn.Module] = []
+    for inputs, step in ((channels_in, stride), (channels, 1)):
+        layers += [nn.Conv2d(inputs, channels, 3, step, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU()]
+    return nn.Sequential(*layers)
 
 
 class ImageEncoder(nn.Module):
     """Convolutional pyramid with a top-down path, as in a feature pyramid network; it runs once per image.
 
     Level i has stride 2^i. On the way back each level is mapped to the width of the finer one before it is
-    enlarged, and added to it: at full resolution there is one convolution only.
+    enlarged, and added to it, so that little is computed at full resolution.
     """
 
     def __init__(self, widths: list[int]):
         super().__init__()
-        self.down = nn.ModuleList([conv_layer(3, widths[0])])
-        self.lateral = nn.ModuleList()
-        self.up = nn.ModuleList()
-        for level, (fine, coarse) in enumerate(pairwise(widths)):
-            self.down.append(nn.Sequential(conv_layer(fine, coarse, stride=2), conv_layer(coarse, coarse)))
-            self.lateral.append(nn.Conv2d(coarse, fine, 1, bias=False))
-            self.up.append(conv_layer(fine, fine) if level else nn.Identity())
+        self.down = nn.ModuleList([conv_block(3, widths[0])])
+        self.down.extend(conv_block(fine, coarse, stride=2) for fine, coarse in pairwise(widths))
+        self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1, bias=False) for fine, coarse in pairwise(widths))
+        self.up = nn.ModuleList(conv_block(fine, fine) for fine in widths[:-1])
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> finest level (B, widths[0], H, W) and coarsest (B, widths[-1], H/P, W/P)."""
@@ -748,12 +742,12 @@ class CheckpointInfo:
 
     def __post_init__(self):
         for name, kind in {"classes": str, "ids": int, "ignore": int}.items():
-            values = getattr(self, name)
-            if type(values) not in (list, tuple) or any(type(value) is not kind for value in values):
-                raise ValueError(f"{name} is {values!r}; expected a list of {kind.__name__}")
-            object.__setattr__(self, name, tuple(values))
-        if len(self.classes) != len(set(self.classes)) or len(self.classes) != len(set(self.ids)):
-            raise ValueError("classes and ids are not different, or not one id a class")
+            values = tuple(getattr(self, name))
+            if any(type(value) is not kind for value in values) or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values!r}; expected different values, each {kind.__name__}")
+            object.__setattr__(self, name, values)  # JSON has lists only
+        if len(self.classes) != len(self.ids):
+            raise ValueError(f"{len(self.ids)} ids for {len(self.classes)} classes; expected one each")
         for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind.__name__}")
@@ -765,18 +759,14 @@ def tensor_faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """How many tensors are missing, unknown, of another shape or not finite, and the first three; or ""."""
     wrong = []
     for name in sorted(expected.keys() | found.keys()):
-        wanted = str(tuple(expected[name].shape)) if name in expected else "nothing"
-        given = str(tuple(found[name].shape)) if name in found else "missing"
-        if (
-            given == wanted
-            and found[name].numel()
-            and not torch.stack(found[name].aminmax()).isfinite().all()
-        ):
-            given = "not finite"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        given = tuple(found[name].shape) if name in found else "missing"
+        if given == wanted and found[name].numel():
+            finite = torch.stack(found[name].aminmax()).isfinite().all()  # takes no memory
+            given = given if finite else "not finite"
         if given != wanted:
             wrong.append(f"{name} is {given}, expected {wanted}")
-    more = "; .." if len(wrong) > 3 else ""
-    return f"{len(wrong)} faults: {'; '.join(wrong[:3])}{more}" if wrong else ""
+    return f"{len(wrong)} faults: {'; '.join(wrong[:3])}{'; ..' * (len(wrong) > 3)}" if wrong else ""
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict, keep: str = "") -> None:

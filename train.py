@@ -51,7 +51,7 @@ class TrainConfig:
     preset: str = "tiny"
     init: str = ""  # weights or run directory to start from
     seed: int = 0
-    max_steps: int = 600
+    max_steps: int = 480
     batch_size: int = 8  # images per training step, over all processes
     grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
     crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
@@ -64,8 +64,8 @@ class TrainConfig:
     teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
-    eval_every: int = 200
-    save_every: int = 200
+    eval_every: int = 160
+    save_every: int = 160
     log_every: int = 25
     num_workers: int = 0  # processes that load images
     dtype: str = "auto"  # of the network's arithmetic; auto: bfloat16 on CUDA, float32 elsewhere
@@ -230,7 +230,7 @@ class Muon(torch.optim.Optimizer):
 
 
 # Layers that Muon leaves to AdamW: the first ones, which see colours and time, and the last ones.
-FIRST = ("patch_embed", "pixel_embed", "time_mlp.0", "image_encoder.down.0.")
+FIRST = ("patch_embed", "pixel_embed", "time_mlp.0", "image_encoder.down.0.0.")
 LAST = ("head", "image_to_velocity", "token_to_velocity")
 
 

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from data import evenly_spaced
 from flowseg_tools import draw
-from flowseg_tools.predict import segment_photo
+from flowseg_tools.predict import segment_photo, to_input
 from flowseg_tools.runs import RunError, environment, replace_text
+from model import FlowSeg, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
 NUM_PREVIEWS = 4  # validation images in preview.png
@@ -95,13 +97,23 @@ def write_weights(run, scores: dict[str, float] | None = None, protocol: dict | 
     if scores["mIoU"] > run.best:
         run.ema.save(run.folder / "best.safetensors", **facts)
     rows = []
+    distances = []
     for i in evenly_spaced(len(run.held_out), NUM_PREVIEWS):
         photo, truth = run.held_out[i]
         prediction, _ = segment_photo(run.ema, photo, config.crop_size)
         rows.append((photo, truth, prediction))
+        end = run.ema.sample(to_input(photo, config.crop_size).to(run.device))
+        distances.append(crispness(run.ema, end))
     palette = draw.palette(run.ema.centroids.cpu().numpy())
     draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette))
-    run.log.write(run.step, **scores)
+    run.log.write(run.step, **scores, crispness=sum(distances) / len(distances))
+
+
+def crispness(model: FlowSeg, x: Tensor) -> float:
+    """How far the states x (B, dims, H, W) are from a mask painted in centroids: the mean distance of a pixel
+    to the nearest centroid, in units of the least distance between two centroids. 0 is a mask."""
+    d, _ = squared_distances(x.movedim(1, -1).flatten(0, 2), model.centroids)
+    return float((d.amin(0) / least_spacing(model.centroids)).sqrt().mean())
 
 
 def scores_of(metrics, classes: Iterable[str]) -> dict:
