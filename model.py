@@ -133,17 +133,19 @@ def coded_centroids(num_classes: int, dims: int = 19) -> Tensor:
     """
     length = dims - 3
     bits = torch.arange(length - 1, -1, -1)
-    words = torch.arange(2**length)[:, None] >> bits & 1  # (2^length, length), in lexicographic order
+    words = (
+        2.0 * (torch.arange(2**length)[:, None] >> bits & 1) - 1
+    )  # (2^length, length), in lexicographic order
     for distance in range(length, 0, -1):
         # Take each word that differs from all those taken before in at least `distance` places.
         chosen: list[int] = []
         free = torch.ones(len(words), dtype=torch.bool)
         while len(chosen) < num_classes and free.any():
             chosen.append(int(free.byte().argmax()))  # the first that is free
-            free &= (words != words[chosen[-1]]).sum(1) >= distance
+            free &= words @ words[chosen[-1]] <= length - 2 * distance  # equal minus different places
         if len(chosen) == num_classes:
             break
-    return torch.cat([kronecker_centroids(num_classes, 3), 2.0 * words[chosen] - 1], dim=1)
+    return torch.cat([kronecker_centroids(num_classes, 3), words[chosen]], dim=1)
 
 
 def least_spacing(centroids: Tensor) -> float:
@@ -271,7 +273,8 @@ class FlowSeg(nn.Module):
 
     def source(self, image: Tensor) -> Tensor:
         """x0 (B, dims, H, W): the image followed by zero channels; in memory the channels come last."""
-        return F.pad(image.movedim(1, -1), (0, self.config.encoding_dims - image.shape[1])).movedim(-1, 1)
+        x0 = F.pad(image.movedim(1, -1), (0, self.config.encoding_dims - image.shape[1]))
+        return x0.contiguous().movedim(-1, 1)
 
     def encode_labels(self, labels: Tensor) -> Tensor:
         """x1 = mu[y] (B, dims, H, W); ignored pixels get the centroid of class 0 and must be masked."""
@@ -566,7 +569,8 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.down = nn.ModuleList([conv_block(3, widths[0])])
         self.down.extend(conv_block(fine, coarse, stride=2) for fine, coarse in pairwise(widths))
-        self.lateral = nn.ModuleList(nn.Conv2d(coarse, fine, 1, bias=False) for fine, coarse in pairwise(widths))
+        lateral = (nn.Conv2d(coarse, fine, 1, bias=False) for fine, coarse in pairwise(widths))
+        self.lateral = nn.ModuleList(lateral)
         self.up = nn.ModuleList(conv_block(fine, fine) for fine in widths[:-1])
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -742,10 +746,11 @@ class CheckpointInfo:
 
     def __post_init__(self):
         for name, kind in {"classes": str, "ids": int, "ignore": int}.items():
-            values = tuple(getattr(self, name))
-            if any(type(value) is not kind for value in values) or len(set(values)) < len(values):
-                raise ValueError(f"{name} is {values!r}; expected different values, each {kind.__name__}")
-            object.__setattr__(self, name, values)  # JSON has lists only
+            values = getattr(self, name)
+            good = type(values) in (list, tuple) and all(type(value) is kind for value in values)
+            if not good or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values!r}; expected a list of different {kind.__name__} values")
+            object.__setattr__(self, name, tuple(values))  # JSON has lists only
         if len(self.classes) != len(self.ids):
             raise ValueError(f"{len(self.ids)} ids for {len(self.classes)} classes; expected one each")
         for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():
@@ -766,7 +771,8 @@ def tensor_faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
             given = given if finite else "not finite"
         if given != wanted:
             wrong.append(f"{name} is {given}, expected {wanted}")
-    return f"{len(wrong)} faults: {'; '.join(wrong[:3])}{'; ..' * (len(wrong) > 3)}" if wrong else ""
+    shown = wrong[:3] if len(wrong) <= 3 else [*wrong[:3], ".."]
+    return f"{len(wrong)} faults: {'; '.join(shown)}" if wrong else ""
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict, keep: str = "") -> None:

@@ -182,7 +182,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     else:
         A = X @ X.mT
-        identity = torch.eye(len(X))
+        identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
         P = identity
         for _ in range(5):
             S = 3.4445 * identity - 4.7750 * A + 2.0315 * A @ A
@@ -458,8 +458,6 @@ def train(
         stack.enter_context(runs.process_group(device))
         if process()[0] > 0:
             console = Console(quiet=True)
-        if device.type == "cpu":
-            runs.keep_freed_memory()
         run = Run(config, network, folder, device, console, kind, allow_changes, stack)
         signals = stack.enter_context(runs.caught_signals())
         bar = stack.enter_context(Progress(console=console, disable=not console.is_terminal, expand=True))

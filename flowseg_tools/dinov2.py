@@ -150,8 +150,8 @@ def teacher_input(image: Tensor, patch_size: int, teacher_patch: int = 14) -> Te
 class Alignment(nn.Module):
     """REPA: compare what an MLP predicts from the tokens after a block with the tokens of the teacher.
 
-    The tokens are those of the network's latest pass. In FlowSeg.loss that is the pass at a uniform t, the
-    choice of REPA. A forward hook notes them, so the network does not know about the alignment.
+    The tokens are those of the first pass after an image was read: in FlowSeg.loss the one at t = 0, which
+    all images take. Forward hooks note them, so the network does not know about the alignment.
 
     network: Network. path: public DINOv2 weights. depth: number of blocks before the tokens are taken; all
     of them in a shallower network. weight: factor of this loss in the total.
@@ -173,13 +173,20 @@ class Alignment(nn.Module):
             nn.Linear(width, width),
         ).to(device)
         last = min(depth, len(network.blocks)) - 1
+        self.tokens: Tensor | None = None
+        network.image_encoder.register_forward_hook(self.forget)
         network.blocks[last].register_forward_hook(self.note)
         # By default torch.compile may run a block with a hook by the code of an equal one without.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
 
+    def forget(self, encoder: nn.Module, inputs: tuple, outputs: tuple) -> None:
+        """A new image was read: the next tokens are its first."""
+        self.tokens = None
+
     def note(self, block: nn.Module, inputs: tuple, tokens: Tensor) -> None:
-        """Keep the tokens (B, L, D) that the block has just returned."""
-        self.tokens = tokens
+        """Keep the tokens (B, L, D) that the block has just returned, unless there are some of this image."""
+        if self.tokens is None:
+            self.tokens = tokens
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the mean of 1 - cosine over the tokens of the image the network has just seen.

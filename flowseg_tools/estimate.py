@@ -1,6 +1,6 @@
 """What a training run would take, by counting: FLOPs, GPU memory, hours; needs neither data nor a GPU."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def counted(config: ModelConfig, size: int, activation_checkpointing: bool = Fal
     tensors on the meta device have shapes only.
     """
     with torch.device("meta"):
-        model = FlowSeg(replace(config, encoding="kronecker")).to("meta")  # the words of a code take seconds
+        model = FlowSeg(config).to("meta")
         image = torch.zeros(1, 3, size, size)
         labels = torch.zeros(1, size, size, dtype=torch.int64)
     model.network.activation_checkpointing = activation_checkpointing

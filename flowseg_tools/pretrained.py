@@ -122,6 +122,7 @@ def pixnerd_config(shapes: dict[str, torch.Size]) -> ModelConfig:
     nerf_width = most_frequent(shapes, r"x_embedder|final_layer\.norm")
     return ModelConfig(
         num_classes=2,
+        encoding="kronecker",
         encoding_dims=3,
         patch_size=math.isqrt(most_frequent(shapes, r"s_embedder\.proj\.weight", axis=1) // 3),
         hidden_size=hidden_size,

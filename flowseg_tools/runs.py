@@ -9,7 +9,6 @@
 Weights and states are written whole or not at all.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -323,18 +322,6 @@ def agree(signals: list[int]) -> tuple[int, bool]:
         if count and not stop:
             stop = int(number)
     return stop, save > 0
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep the memory of large tensors that are freed, for the next ones.
-
-    glibc gives it back to the system, which then has to clear every page of it again: on a CPU that takes a
-    good part of a training step. Other C libraries are left alone.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return the top of the heap
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
