@@ -30,6 +30,8 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False, markup=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
+DOWNLOADS = "ade20k, coco-stuff, camvid, pixnerd-xl-256, pixnerd-xl-512, dinov2-s14, dinov2-s14-reg, "
+DOWNLOADS += "dinov2-b14, dinov2-b14-reg, dinov2-l14, dinov2-l14-reg"
 RECIPES = ("ade20k-256", "ade20k-512", "coco-stuff-256", "coco-stuff-512")
 NEWEST = "Weights or run directory; by default of the newest run under runs/."
 DATA, MODEL, METHOD, TRAINING = "Data", "Model", "Method", "Training"  # panels of the help
@@ -440,7 +442,7 @@ def init(
 @app.command()
 def download(
     name: Annotated[
-        Text, Argument(metavar="[NAME]", help="What to fetch; without it: a table.", show_default=False)
+        Text, Argument(metavar="[NAME]", help=f"{DOWNLOADS}; without a name: a table.", show_default=False)
     ] = None,
     root: Root = None,
     sources: Annotated[
