@@ -328,29 +328,23 @@ def preview(
     """
     tiles = []
     captions = []
-    pixels = np.zeros(256, np.int64)
     for i, (photo, truth, prediction) in enumerate(rows):
         tiles.append(fit(photo, 400, Image.Resampling.BICUBIC))
-        for labels in (truth, prediction):
-            tiles.append(fit(colorize(labels, palette), 400))
-            pixels += np.bincount(labels.ravel(), minlength=256)
-        titles = ["image", "truth", "prediction"] if i == 0 else ["", "", ""]
-        if notes:
-            titles[2] = f"{titles[2]}   {notes[i]}".strip()
-        captions += titles
-    entries = legend_entries(pixels, classes, palette)
+        tiles += [fit(colorize(labels, palette), 400) for labels in (truth, prediction)]
+        captions += ["", "", notes[i] if notes else ""]
+    captions[:3] = ["image", "truth", f"prediction   {captions[2]}"]
+    masks = [labels.ravel() for row in rows for labels in row[1:]]
+    entries = legend_entries(np.concatenate(masks), classes, palette)
     return with_legend(grid(tiles, captions, 3, title), entries, most=12, size=24)
 
 
-def legend_entries(pixels: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> list[tuple]:
-    """Legend rows, largest first, of the classes that have pixels; pixels: (256,) counts of labels."""
-    entries = []
-    for k in np.argsort(-pixels, kind="stable").tolist():
-        if pixels[k] and k == IGNORE:
-            entries.append(("ignored", (0, 0, 0), None))
-        elif pixels[k]:
-            entries.append((classes[k], palette[k], None))
-    return entries
+def legend_entries(labels: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> list[tuple]:
+    """Legend rows of the classes that occur, the most frequent first."""
+    known = {IGNORE: ("ignored", (0, 0, 0), None)}
+    for k, name in enumerate(classes):
+        known[k] = (name, palette[k], None)
+    ids, counts = np.unique(labels, return_counts=True)
+    return [known[k] for k in ids[np.argsort(-counts, kind="stable")].tolist() if k in known]
 
 
 def strip(frames: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
@@ -424,16 +418,18 @@ def _percent(entry: tuple) -> float:
 # ---------------------------------------------------------------- plots
 
 
-def training_curves(log: Iterable[Mapping]) -> Image.Image:
+def training_curves(log: Sequence[Mapping]) -> Image.Image:
     """Loss, validation mIoU and learning rate over the steps, from the lines of metrics.jsonl."""
-    lines: dict[str, list] = {"loss": [], "mIoU": [], "lr": []}
-    for entry in log:
-        for name, points in lines.items():
-            if entry.get(name) is not None:
-                points.append((entry["step"], entry[name] * (100 if name == "mIoU" else 1)))
-    titles = {"loss": "loss", "mIoU": "validation mIoU, %", "lr": "learning rate"}
-    panels = {title: {name: lines[name]} for name, title in titles.items() if lines[name]}
-    return plots(panels or {"nothing was logged": {"loss": [(0, 0)]}}, "step", height=300)
+    panels = {}
+    for name, title, unit in (
+        ("loss", "loss", 1),
+        ("mIoU", "validation mIoU, %", 0.01),
+        ("lr", "learning rate", 1),
+    ):
+        points = [(entry["step"], entry[name] / unit) for entry in log if entry.get(name) is not None]
+        if points:
+            panels[title] = {name: points}
+    return plots(panels or {"nothing was logged": {"": [(0, 0)]}}, "step", height=300)
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Image.Image:

@@ -132,13 +132,9 @@ def choose_output(paths: Sequence[str], count: int, output: Path | None, labelma
             photo = Path(paths[0])
             return photo.with_name(f"{photo.stem}-mask.png"), True
         raise RunError(f"{count} photos without -o; add -o FOLDER (or -o mask.png for one photo)")
-    if output.is_dir():
-        single = False
-    elif output.suffix.lower() == ".png":
-        single = True
-    else:
-        single = named and bool(output.suffix)
-    if single and (count > 1 or output.suffix.lower() != ".png"):
+    png = output.suffix.lower() == ".png"
+    single = not output.is_dir() and (png or (named and bool(output.suffix)))
+    if single and (count > 1 or not png):
         raise RunError(f"-o {output} for {count} photos; expected a .png for one, else a folder")
     if "-" in paths and not single:
         raise RunError(f"-o {output} for standard input; expected a .png, as in -o mask.png")
@@ -408,9 +404,7 @@ def write_labelmap(folder: Path, model: FlowSeg, raw_ids: bool, force: bool) -> 
     if raw_ids and isinstance(info.ids[0], str):
         colors = info.ids
     elif raw_ids and max(info.ids) > 255:
-        raise RunError(
-            "--labelmap with --ids raw: ids over 255 have no colour in a mask; leave out --ids raw"
-        )
+        raise RunError("--labelmap with --ids raw: ids over 255 have no colour; leave out --ids raw")
     lines = ["# label:color_rgb:parts:actions"]
     palette = draw.palette(model.centroids.cpu().numpy(), colors).tolist()
     for name, color in zip(info.classes, palette, strict=True):

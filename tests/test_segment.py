@@ -592,7 +592,7 @@ def run(folder, *arguments, **environment):
     command = [sys.executable, "-m", "flowseg", "segment", *arguments, "--steps", "1", "-c", "w.safetensors"]
     places = {"PYTHONPATH": str(Path(segment.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, env={**os.environ, **places, **environment}, capture_output=True, timeout=120
+        command, cwd=folder, env={**os.environ, **places, **environment}, capture_output=True, timeout=400
     )
 
 
@@ -622,7 +622,7 @@ def test_a_reader_that_has_gone_ends_nothing(here):
         f"{sys.executable} -m flowseg segment in -o out --steps 1 -c w.safetensors --report r.json | head -1"
     )
     places = {"PYTHONPATH": str(Path(segment.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, shell=True, cwd=here.folder, env={**os.environ, **places}, timeout=120)
+    subprocess.run(command, shell=True, cwd=here.folder, env={**os.environ, **places}, timeout=400)
     assert len(list((here.folder / "out").iterdir())) == 6
     assert len(json.loads((here.folder / "r.json").read_text())) == 6
 
