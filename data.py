@@ -30,6 +30,7 @@ SPLITS = ("training", "validation", "test")
 TABLES_DIR = Path(__file__).parent / "flowseg_tools/tables/labels"
 TABLES = {path.stem: path for path in sorted(TABLES_DIR.glob("*.toml"))}
 KEYS = {"name": "", "classes": [], "ids": [], "ignore": [], "splits": [], "validation": 0.0,
+        "colors": [], "clear": [],
         "images": "images/{split}/*", "masks": "annotations/{split}/*"}  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no other decoder ever sees a user's bytes
 SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {
@@ -84,6 +85,8 @@ class LabelTable:
     classes: tuple[str, ...]  # names in train-id order
     ids: tuple[int | str, ...]  # raw value of each class: all numbers in 0..65535, or all colours "#rrggbb"
     ignore: tuple[int | str, ...]  # raw values that become 255
+    colors: tuple[str, ...] = ()  # of the classes in pictures; none: those of the centroids
+    clear: tuple[str, ...] = ()  # classes that overlays leave as they are
 
     @property
     def colours(self) -> bool:
@@ -164,7 +167,17 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
         right = (number or colour) and type(value) is type(raw[0])
         _require(right, f"ids or ignore has {value!r}; expected all in 0..65535, or all such as '#00ff80'")
         _require(raw.count(value) == 1, f"ids and ignore have {value!r} {raw.count(value)} times; keep one")
-    return keys, LabelTable(tuple(keys["classes"]), tuple(raw[:N]), tuple(raw[N:]))
+
+    # For pictures: the colours of classes, and classes that overlays leave as they are.
+    colors = [color.lower() if isinstance(color, str) else "" for color in keys["colors"]]
+    right = len(colors) in (0, N) and all(re.fullmatch("#[0-9a-f]{6}", color) for color in colors)
+    _require(right, f"colors is {keys['colors']!r}; expected one for each of {N} classes, such as '#00ff80'")
+    for name in keys["clear"]:
+        known = f"expected names of classes{nearest(str(name), keys['classes'])}"
+        _require(name in keys["classes"], f"clear has {name!r}; {known}")
+    return keys, LabelTable(
+        tuple(keys["classes"]), tuple(raw[:N]), tuple(raw[N:]), tuple(colors), tuple(keys["clear"])
+    )
 
 
 # ---- pictures ----
@@ -300,19 +313,30 @@ def _stored(image: Image.Image, colours: bool) -> np.ndarray | str:
 
 
 # ---- folder data sets ----
-def scan(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield the files below a folder, also through links, but never in a circle. Hidden names are left out,
-    and folders that systems make or that are named like a picture."""
-    here = folder.resolve()
-    if here in above or not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if path.name.startswith("."):
+def scan(folder: Path, refused: dict[Path, str] | None = None) -> Iterator[Path]:
+    """Yield the regular files below a folder, also through links, but enter no folder twice. Hidden names are
+    left out, and folders that systems make or that are named like a picture. A link that leads nowhere is
+    yielded, so that reading names it. refused: gets the folders that cannot be listed, else an OSError."""
+    entered = set()
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        place = waiting.pop()
+        try:
+            status = place.stat()
+            identity = (status.st_dev, status.st_ino)
+            names = [] if identity in entered else os.listdir(place)
+            entered.add(identity)
+        except OSError as error:
+            if refused is None:
+                raise
+            refused[place] = error.strerror or str(error)
             continue
-        if not path.is_dir():
-            yield path  # also a link that leads nowhere, so that reading names it
-        elif path.name not in LITTER and path.suffix.lower() not in SUFFIXES:
-            yield from scan(path, (*above, here))
+        for path in (place / name for name in names if not name.startswith(".")):
+            if os.path.isdir(path):
+                if path.name not in LITTER and path.suffix.lower() not in SUFFIXES:
+                    waiting.append(path)
+            elif os.path.isfile(path) or not os.path.exists(path):
+                yield path
 
 
 def match(root: Path, pattern: str) -> dict[str, Path]:
@@ -587,6 +611,7 @@ class ShapesDataset:
     augment = False
     unpaired = ()
     splits = SPLITS
+    max_pixels = MAX_PIXELS  # of the pictures that a folder holds; scenes are small
 
     def __init__(self, split: str, fine: bool = False, seed: int = 0):
         self.name = "shapes-fine" if fine else "shapes"

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable
 from functools import partial
@@ -29,7 +30,8 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False, markup=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-DOWNLOADS = ("ade20k", "coco-stuff", "camvid", "pixnerd-xl-256", "pixnerd-xl-512", "dinov2-b14")
+DOWNLOADS = "ade20k, coco-stuff, camvid, pixnerd-xl-256, pixnerd-xl-512, dinov2-s14, dinov2-s14-reg, "
+DOWNLOADS += "dinov2-b14, dinov2-b14-reg, dinov2-l14, dinov2-l14-reg"
 RECIPES = ("ade20k-256", "ade20k-512", "coco-stuff-256", "coco-stuff-512")
 NEWEST = "Weights or run directory; by default of the newest run under runs/."
 DATA, MODEL, METHOD, TRAINING = "Data", "Model", "Method", "Training"  # panels of the help
@@ -76,14 +78,52 @@ WINDOWS = "The whole image at once, or square windows that overlap by a third."
 Mode = Annotated[Literal["whole", "slide"], Option(rich_help_panel=METHOD, help=WINDOWS)]
 Flip = Annotated[bool, flag(METHOD, "--flip", "Average with the mirror image.")]
 Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, cpu, cuda, cuda:1 or mps.")]
-Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results and errors only.", "-q")]
+Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results, warnings and errors only.", "-q")]
 Json = Annotated[bool, flag(OUTPUT, "--json", "Print the result as JSON.")]
 PHOTOS = "Photos, folders or globs; - reads a photo from stdin."
+WHERE = "Mask of one photo (.png), or a folder."
 WRITE = "Write the result as .json."
 Report = Annotated[
     File,
     Option(metavar="FILE", callback=_check_report, rich_help_panel=OUTPUT, help=WRITE, show_default=False),
 ]
+
+
+def _check_report_place(place: Path | None) -> Path | None:
+    """Refuse a report that is neither NAME.json nor a folder."""
+    if place and (place.suffix == ".json" or (place.suffix and not place.is_dir()) or place.is_file()):
+        return _check_report(place)
+    return place
+
+
+def _use_font(file: Path | None) -> None:
+    """Write the text of pictures in another font."""
+    from flowseg_tools import draw
+
+    if file:
+        draw.use_font(file)
+
+
+ReportPlace = Annotated[
+    File,
+    Option(metavar="FILE|DIR", callback=_check_report_place, rich_help_panel=OUTPUT, show_default=False,
+           help="Write the result as .json, or into a folder with pictures."),
+]  # fmt: skip
+COLUMNS = {"name": "name", "iou": "IoU", "acc": "Acc", "pixels": "pixels"}
+SortBy = Literal["id", "name", "iou", "acc", "pixels"]
+Font = Annotated[
+    File,
+    Option(metavar="FILE", callback=_use_font, rich_help_panel=OUTPUT, show_default=False,
+           help="Font (.ttf, .otf) of text in pictures; the built-in one has plain Latin letters."),
+]  # fmt: skip
+
+
+def note_missing_letters(names: Iterable[str]) -> None:
+    """Say which letters of the names the pictures cannot show."""
+    from flowseg_tools import draw
+
+    if missing := draw.missing_letters(names):
+        err.print(f"note: the font of the pictures lacks {missing}: pass --font FILE", style="yellow")
 
 
 def _print_version(wanted: bool) -> None:
@@ -111,11 +151,17 @@ def train(
     root: Root = None,
     workers: Annotated[Number, value(DATA, "N", "Processes that load images.", "0", least=0)] = None,
     max_pixels: MaxPixels = None,
-    preset: Annotated[Text, value(MODEL, "NAME", "tiny, small, base, large or xl.", "tiny")] = None,
+    preset: Annotated[
+        Text, value(MODEL, "NAME", "tiny, small, base, large, xl, vit-s or vit-b.", "tiny")
+    ] = None,
     init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
+    encoder: Annotated[File, value(MODEL, "FILE", "DINOv2 weights for the image path.", "none")] = None,
+    finetune_encoder: Annotated[
+        bool, flag(MODEL, "--finetune-encoder", "Train them, too, at a tenth of the learning rate.")
+    ] = False,
     objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
     recipe: Annotated[Text, value(TRAINING, "NAME", f"{', '.join(RECIPES)}.", "none")] = None,
-    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "800", least=1)] = None,
+    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "480", least=1)] = None,
     batch_size: Annotated[
         Number, value(TRAINING, "N", "Images per step.", "8", "--batch-size", "--batch", least=1)
     ] = None,
@@ -128,7 +174,7 @@ def train(
     out_dir: Annotated[
         File, value(RUN, "DIR", "Run directory.", "runs/DATASET-PRESET", "--out", "-o")
     ] = None,
-    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "200", least=1)] = None,
+    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "160", least=1)] = None,
     dtype: Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", "bfloat16 on CUDA")] = None,
     compile: Annotated[bool, flag(RUN, "--compile", "Compile the network first (minutes).")] = False,
     deterministic: Annotated[
@@ -153,7 +199,7 @@ def train(
         "objective": objective, "recipe": recipe, "max_steps": max_steps, "batch_size": batch_size,
         "crop_size": crop_size, "seed": seed, "save_every": save_every, "dtype": dtype,
         "compile": compile or None, "deterministic": deterministic or None,
-        "tensorboard": tensorboard or None,
+        "tensorboard": tensorboard or None, "encoder": encoder, "finetune_encoder": finetune_encoder or None,
     }  # fmt: skip
     given = {}
     for name, value in options.items():
@@ -194,16 +240,29 @@ def evaluate(
     flip: Flip = False,
     device: Device = "auto",
     as_json: Json = False,
-    report: Report = None,
+    report: ReportPlace = None,
+    worst: Annotated[
+        int,
+        Option(
+            metavar="N", min=0, rich_help_panel=OUTPUT, help="Sheets of the worst images in a --report DIR."
+        ),
+    ] = 8,
+    sort: Annotated[SortBy, Option(rich_help_panel=OUTPUT, help="Order of the printed classes.")] = "id",
+    font: Font = None,
     quiet: Quiet = False,
 ) -> None:
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
     from rich.progress import track
 
     from data import MAX_PIXELS, open_dataset
+    from flowseg_tools import draw
+    from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
+    from flowseg_tools.report import check_writable, sort_classes, write_report
     from train import evaluate
 
+    if report:
+        check_writable(report.parent if report.suffix else report)
     model = load(checkpoint or weights, device)
     data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
     data.max_pixels = max_pixels or MAX_PIXELS
@@ -216,13 +275,16 @@ def evaluate(
     metrics, protocol = evaluate(model, data, short_side, steps, progress, limit, flip, mode)
 
     facts = scores_of(metrics, data.labels.classes) | {"protocol": protocol}
-    text = json.dumps(facts, indent=2, allow_nan=False)
     if report:
-        report.write_text(text + "\n", encoding="utf-8")
+        palette = draw.palette(model.centroids.cpu().numpy(), data.labels.colors)
+        predict = partial(segment_photo, model, short_side=short_side, steps=steps, mode=mode, flip=flip)
+        write_report(report, facts, metrics, data, palette, predict, worst)
+        note_missing_letters(data.labels.classes)
     if as_json:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
         return
-    rows = [(c["name"], percent(c["IoU"]), percent(c["Acc"]), f"{c['pixels']:,}") for c in facts["classes"]]
+    classes = facts["classes"] if sort == "id" else sort_classes(facts["classes"], COLUMNS[sort])
+    rows = [(c["name"], percent(c["IoU"]), percent(c["Acc"]), f"{c['pixels']:,}") for c in classes]
     print_table(("class", "IoU", "accuracy", "labelled pixels"), rows)
     out.print("  ".join(f"{name} {percent(facts[name], 2)}" for name in metrics.scores), style="bold")
     out.print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
@@ -231,7 +293,9 @@ def evaluate(
 @app.command()
 def segment(
     paths: Annotated[list[str], Argument(metavar="PATH...", help=PHOTOS, show_default=False)],
-    output: Annotated[Path, value(OUTPUT, "FILE|DIR", "Mask of one photo, or a folder.", "", "--out", "-o")],
+    output: Annotated[
+        File, value(OUTPUT, "FILE|DIR", WHERE, "PHOTO-mask.png beside a single photo", "--out", "-o")
+    ] = None,
     weights: Weights = None,
     steps: Steps = None,
     short_side: ShortSide = None,
@@ -244,37 +308,52 @@ def segment(
     ids: Annotated[
         Literal["train", "raw"], Option(rich_help_panel=OUTPUT, help="Values of the mask.")
     ] = "train",
+    labelmap: Annotated[
+        bool, flag(OUTPUT, "--labelmap", "Also write labelmap.txt for annotation tools.")
+    ] = False,
     as_json: Json = False,
     report: Report = None,
     max_pixels: Annotated[
         Number, value(RUN, "N", "Largest photo that is opened.", "250,000,000", least=1)
     ] = None,
+    font: Font = None,
     force: Annotated[bool, flag(OUTPUT, "--force", "Overwrite outputs that exist.")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Segment photos: a PNG of ids, the size of the upright photo, coloured by the class centroids."""
     from data import MAX_PIXELS
-    from flowseg_tools.segment import find_photos, plan, segment_all, segment_one, tell
-    from flowseg_tools.segment import report as write_report
+    from flowseg_tools import segment as tool
 
-    photos = find_photos(paths, output)
-    single = output.suffix and not output.is_dir()
-    if (single and (output.suffix.lower() != ".png" or len(photos) > 1)) or ("-" in paths and not single):
-        raise BadParameter(f"-o {output} for {len(photos)} photos; expected a .png for one, else a folder")
-    model = load(weights, device)
+    photos, refused = tool.find_photos(paths, output)
+    output, single = tool.choose_output(paths, len(photos), output, labelmap)
     wishes = {
-        "overlay.png": overlay, "confidence.png": confidence, "entropy.png": entropy,
+        "overlay.png": overlay, "confidence.png": confidence, "confidence-map.png": confidence,
+        "entropy.png": entropy, "entropy-map.png": entropy,
         "trajectory.png": trajectory, "trajectory.gif": trajectory,
     }  # fmt: skip
-    planned = plan(photos, output, [kind for kind, wish in wishes.items() if wish], force)
+    kinds = [kind for kind, wish in wishes.items() if wish]
+    tasks = [*tool.plan(photos, output, single, kinds, force, by_stem=labelmap), *refused]
+    tool.check_outputs(tasks, report)
+    model = load(weights, device)
+    if overlay:
+        note_missing_letters(model.info.classes)
+    if labelmap:
+        tool.write_labelmap(output, model, ids == "raw", force)
     work = partial(
-        segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
+        tool.segment_one, model, short_side=short_side, steps=steps, mode=mode, flip=flip,
         raw_ids=ids == "raw", max_pixels=max_pixels or MAX_PIXELS,
     )  # fmt: skip
-    records = tell(segment_all(planned, work), len(photos), out, err, quiet)
-    if report:
-        write_report(report, records)
+    records = []
+    try:
+        # With --json stdout holds nothing else.
+        for record in tool.tell(
+            tool.segment_all(tasks, work), len(tasks), err if as_json else out, err, quiet
+        ):
+            records.append(record)
+    finally:  # of what was done before Ctrl-C, too
+        if report:
+            tool.report(report, records)
     if as_json:
         sys.stdout.write(json.dumps(records, indent=2, allow_nan=False) + "\n")
     raise typer.Exit(int(any(record["state"] == "failed" for record in records)))
@@ -303,7 +382,10 @@ def info(
     elif what.endswith(".safetensors") or (Path(what) / "config.json").is_file():
         from dataclasses import asdict
 
-        model = load(Path(what))
+        from flowseg_tools.dinov2 import DinoFlowSeg
+        from flowseg_tools.runs import newest_checkpoint
+
+        model = DinoFlowSeg.load(newest_checkpoint(Path(what)))
         facts = {"config": asdict(model.config), **asdict(model.info)}
     else:
         from flowseg_tools.check import describe, draw_preview
@@ -359,13 +441,18 @@ def init(
 
 @app.command()
 def download(
-    name: Annotated[Literal[*DOWNLOADS], Argument(help="A data set or public weights.", show_default=False)],
+    name: Annotated[
+        Text, Argument(metavar="[NAME]", help=f"{DOWNLOADS}; without a name: a table.", show_default=False)
+    ] = None,
     root: Root = None,
     sources: Annotated[
         list[str] | None,
         value(DATA, "PATH|URL", "A file on disk, or a mirror; may be repeated.", "", "--from"),
     ] = None,
     sha256: Annotated[Text, value(DATA, "DIGEST", "Pin a file for which none is published.")] = None,
+    max_bytes: Annotated[
+        Number, value(DATA, "N", "Largest file that is accepted.", "a tenth more than published", least=1)
+    ] = None,
     dry_run: Annotated[bool, flag(RUN, "--dry-run", "Say what, from where and how much.")] = False,
     keep_archive: Annotated[
         bool, flag(RUN, "--keep-archive", "Keep the archive after unpacking it.")
@@ -373,9 +460,20 @@ def download(
     quiet: Quiet = False,
 ) -> None:
     """Fetch a data set or public weights; the same command continues after a stop."""
-    from flowseg_tools.download import download
+    from flowseg_tools import download as downloads
 
-    download(name, root, sources or [], sha256, dry_run, keep_archive, quiet)
+    if name:
+        downloads.download(name, root, sources or [], sha256, max_bytes, dry_run, keep_archive, quiet)
+        return
+    rows = downloads.listing(root)
+    table = Table("name", Column("size", justify="right"), "here", "what it is", box=None)
+    licences: dict[str, list[str]] = {}
+    for row in rows:
+        table.add_row(row["name"], row["size"], row["here"], row["about"])
+        licences.setdefault(f"{row['licence']}, {row['terms']}", []).append(row["name"])
+    out.print(table)
+    for licence, names in licences.items():
+        out.print(f"{', '.join(names)}: {licence}")
 
 
 def progress(indices: Iterable[int], title: str) -> Iterable[int]:
@@ -401,13 +499,14 @@ def print_table(columns: tuple, rows: list) -> None:
 
 def load(checkpoint: Path | None, device: str = "auto"):
     """The model of a checkpoint or run directory, by default of the newest run, which is then named."""
+    from flowseg_tools.dinov2 import DinoFlowSeg
     from flowseg_tools.runs import newest_checkpoint, pick_device
-    from model import CheckpointError, FlowSeg
+    from model import CheckpointError
 
     if checkpoint is None or checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
         err.print(f"weights: {checkpoint}")
-    model = FlowSeg.load(checkpoint, pick_device(device))
+    model = DinoFlowSeg.load(checkpoint, pick_device(device))
     if not model.info.classes:
         raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")
     return model
@@ -423,8 +522,11 @@ def main() -> None:
     # What Pillow says of a damaged file is said in our own line, which names the file.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    sys.stdout = Steady(sys.stdout)
-    sys.stderr = Steady(sys.stderr)
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, Steady(getattr(sys, name)))
+    for i, word in enumerate(sys.argv[:-1]):
+        if word == "--json" and sys.argv[i + 1].endswith(".json"):
+            sys.argv[i] = "--report"  # its earlier name, which scripts may still use
     try:
         code = app(prog_name="flowseg", standalone_mode=False)
     except KeyboardInterrupt:
@@ -433,6 +535,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         line, code = describe_error(error)
+        traceback.clear_frames(error.__traceback__)  # they hold loaders, which would live on for a while
         err.print(line, style="red")
     if sys.stdout.close_quietly():
         err.print("error: the results could not be written to stdout", style="red")

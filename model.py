@@ -22,9 +22,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -55,33 +56,45 @@ class ModelConfig:
     nerf_depth: int = 1  # blocks of the neural field
     nerf_width: int = 32  # Dx, width of a pixel inside the neural field
     nerf_mlp_ratio: int = 1  # r, expansion inside a block of the neural field
-    conv_width: int = 32  # channels of the convolutional image encoder; 0: the image enters as raw pixels
-    # The flow. The paper has 3 dimensions and tau = 1; docs/RESULTS.md says what other values do.
-    encoding_dims: int = 16  # channels of the state; in 3 dimensions the centroids of many classes crowd
-    encoding: str = "kronecker"  # | coded, which train.resolve chooses for more than 32 classes
+    conv_width: int = 24  # channels of the image encoder at full resolution
+    # A public vision transformer beside it (flowseg_tools/dinov2.py), whose file tells its sizes; 0: none.
+    vit_width: int = 0
+    vit_depth: int = 12
+    vit_patch: int = 14
+    vit_grid: int = 37  # rows of patches that its positions were trained for
+    vit_registers: int = 0  # tokens that belong to no patch
+    finetune_encoder: bool = False  # train it, too
+    # The flow. The paper has encoding kronecker, 3 dimensions, tau 1 and weight 1; docs/RESULTS.md compares.
+    encoding: str = "coded"  # | kronecker
+    encoding_dims: int = 19  # channels of the state
     objective: str = "reshaped"  # | vanilla: without the gradient of the potential
-    eps: float = 1e-2
-    tau: float = 0.1  # below 1 the soft assignment is sharper, which helps where centroids crowd
+    eps: float = 0.3  # in units of the least squared distance between two centroids
+    tau: float = 0.15  # at a centroid, its class is then e^10 times as probable as the next one
+    phi_weight: float = 16.0  # of the potential beside the squared error
+    later_share: float = 0.25  # of the images that are used at a second time t > 0
     steps: int = 4  # Euler steps when the caller names none
 
     def __post_init__(self):
         check_ranges(self, MODEL_RANGES)
-        if self.conv_width and self.patch_size not in (2, 4, 8, 16, 32, 64):
-            raise ValueError(f"patch_size is {self.patch_size}; expected a power of two from 2 to 64")
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
         if self.conv_width % 8:
-            raise ValueError(f"conv_width is {self.conv_width}; expected a multiple of 8, or 0")
+            raise ValueError(f"conv_width is {self.conv_width}; expected a multiple of 8")
         if self.hidden_size % (4 * self.num_heads):
             expected = f"a multiple of 4 x {self.num_heads} heads"
             raise ValueError(f"hidden_size is {self.hidden_size}; expected {expected}")
-        if self.encoding == "coded" and self.encoding_dims > 19:  # 2^(dims - 3) words are tried
-            raise ValueError(f"encoding_dims is {self.encoding_dims}; expected 3 to 19 with encoding coded")
+        if self.encoding == "coded" and not self.num_classes <= 2 ** (self.encoding_dims - 3) <= 2**16:
+            expected = f"19 or less, and enough for {self.num_classes} words of encoding_dims - 3 bits"
+            raise ValueError(f"encoding_dims is {self.encoding_dims}; expected {expected}")
 
 
 MODEL_RANGES = {  # lowest and highest value of every number, or all words that are allowed
     "num_classes": (2, 255), "patch_size": (1, 64), "hidden_size": (4, 16_384), "depth": (0, 1000),
     "num_heads": (1, 1024), "nerf_depth": (0, 100), "nerf_width": (1, 4096), "nerf_mlp_ratio": (1, 64),
-    "conv_width": (0, 4096), "encoding_dims": (3, 255), "encoding": ("kronecker", "coded"),
-    "objective": ("reshaped", "vanilla"), "eps": (1e-12, 1e6), "tau": (1e-4, 1e4), "steps": (1, 1000),
+    "vit_width": (0, 4096), "vit_depth": (1, 100), "vit_patch": (1, 64), "vit_grid": (1, 1000),
+    "vit_registers": (0, 100), "conv_width": (8, 4096), "encoding_dims": (3, 255),
+    "encoding": ("coded", "kronecker"), "objective": ("reshaped", "vanilla"), "eps": (1e-9, 1e6),
+    "tau": (1e-4, 1e4), "phi_weight": (0.0, 1e6), "later_share": (0.0, 1.0), "steps": (1, 1000),
 }  # fmt: skip
 
 
@@ -120,37 +133,33 @@ def kronecker_centroids(num_classes: int, dims: int = 3) -> Tensor:
     return (2 * (c - low) / (high - low).clamp_min(1e-12) - 1).float()
 
 
-def coded_centroids(num_classes: int, dims: int = 3) -> Tensor:
-    """Centroids (N, dims) float32: three Kronecker coordinates, the class colours, then the words of a code.
+def coded_centroids(num_classes: int, dims: int = 19) -> Tensor:
+    """The default encoding: centroids (N, dims) float32, three class colours followed by a code word.
 
-    Words differ in as many places as `dims` allows and are about equally long, so that no class has a head
-    start; many classes have much more room than in a Kronecker sequence of the same dimension.
+    The colours are the paper's centroids in 3 dimensions. The words of dims - 3 letters -1 or 1 differ in as
+    many places as possible, so that all centroids lie about equally far from each other: up to 32 words of
+    16 letters differ in at least 8 of them, 128 words in 6, 255 in 5 (a lexicode: Conway and Sloane, 1986).
     """
-    colors = kronecker_centroids(num_classes, 3)
-    if dims == 3:
-        return colors
-    return torch.cat([colors, lexicode(num_classes, dims - 3)], dim=1)
-
-
-def lexicode(num_words: int, length: int) -> Tensor:
-    """Words (num_words, length) in [-1, 1] that lie far apart (lexicode: Conway, Sloane 1986).
-
-    In lexicographic order each word is taken that is far enough from all words before it, for the largest
-    distance that leaves enough words. The letters are the coarsest grid on which there are enough words.
-    """
-    levels = 2
-    while levels**length < num_words:
-        levels += 1
-    words = torch.cartesian_prod(*[torch.arange(levels)] * length).view(-1, length)
-    for spacing in range(length, 0, -1):  # squared distance in grid steps; with 1 there are always enough
+    length = dims - 3
+    bits = torch.arange(length - 1, -1, -1)
+    words = (
+        2.0 * (torch.arange(2**length)[:, None] >> bits & 1) - 1
+    )  # (2^length, length), in lexicographic order
+    for distance in range(length, 0, -1):
+        # Take each word that differs from all those taken before in at least `distance` places.
         chosen: list[int] = []
         free = torch.ones(len(words), dtype=torch.bool)
-        while len(chosen) < num_words and free.any():
+        while len(chosen) < num_classes and free.any():
             chosen.append(int(free.byte().argmax()))  # the first that is free
-            free &= (words - words[chosen[-1]]).square().sum(1) >= spacing
-        if len(chosen) == num_words:
+            free &= words @ words[chosen[-1]] <= length - 2 * distance  # equal minus different places
+        if len(chosen) == num_classes:
             break
-    return 2 * words[chosen].float() / (levels - 1) - 1
+    return torch.cat([kronecker_centroids(num_classes, 3), words[chosen]], dim=1)
+
+
+def least_spacing(centroids: Tensor) -> float:
+    """The least squared distance between two of the centroids (N, dims)."""
+    return float(torch.pdist(centroids.double()).min().square())
 
 
 kronecker = kronecker_centroids  # the short names that scripts may import
@@ -168,18 +177,33 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances d (M, N) of pixels x (M, dims) to centroids (N, dims), and the nearest class (M, 1).
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products in full float32, whatever autocast or the user's choice of TF32 would make of them."""
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    chosen = backend.fp32_precision
+    if chosen in ("tf32", "bf16"):
+        backend.fp32_precision = "ieee"
+    try:
+        with without_autocast(device):
+            yield
+    finally:
+        if chosen in ("tf32", "bf16"):
+            backend.fp32_precision = chosen
 
-    |x|^2 - 2 x.mu + |mu|^2 is one fast product, but it cancels near a centroid, exactly where 1 / (d + eps)
+
+def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances d (N, M) of centroids (N, dims) to pixels x (M, dims), and the nearest class (1, M).
+
+    |mu|^2 - 2 mu.x + |x|^2 is one fast product, but it cancels near a centroid, exactly where 1 / (d + eps)
     matters. Therefore the least distance is taken again, by direct differences.
     """
-    with without_autocast(x.device):  # which would make the product bfloat16
-        d = torch.addmm(centroids.square().sum(1), x, centroids.T, alpha=-2)  # |mu|^2 - 2 x.mu
-    d += x.square().sum(1, keepdim=True)
-    nearest = d.argmin(1, keepdim=True)
-    exact = (x - centroids[nearest[:, 0]]).square().sum(1, keepdim=True)
-    return d.scatter_(1, nearest, exact), nearest
+    with exact_float32(x.device):
+        d = torch.addmm(centroids.square().sum(1, keepdim=True), centroids, x.T, alpha=-2)
+    d += x.square().sum(1)
+    nearest = d.argmin(0, keepdim=True)
+    exact = (x - centroids[nearest[0]]).square().sum(1)
+    return d.scatter_(0, nearest, exact[None]), nearest
 
 
 @torch.no_grad()
@@ -196,29 +220,31 @@ def potential_gradient(
     chunk = max(1, (CHUNK_CPU if x.device.type == "cpu" else CHUNK_GPU) // len(mu))  # pixels
     phi = x.new_empty(len(x))
     grad = torch.empty_like(x)
-    for start in range(0, len(x), chunk):
-        part = slice(start, start + chunk)
-        phi[part], grad[part] = _potential_of_chunk(x[part], labels[part, None], mu, eps, tau)
+    with exact_float32(x.device):
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            phi[part], grad[part] = _potential_of_chunk(x[part], labels[None, part], mu, eps, tau)
     return phi, grad
 
 
 def _potential_of_chunk(x: Tensor, y: Tensor, mu: Tensor, eps: float, tau: float) -> tuple[Tensor, Tensor]:
-    """Phi (M,) and its gradient (M, dims) for x (M, dims), y (M, 1), mu (N, dims). With s_k = d_k + eps:
+    """Phi (M,) and its gradient (M, dims) for x (M, dims), y (1, M), mu (N, dims). With s_k = d_k + eps:
 
     grad Phi = (2 / tau) [ (1 - p_y) (x - mu_y) / s_y  -  sum over k != y of p_k (x - mu_k) / s_k ]
                            attraction to the label        repulsion from the other classes
     """
-    d, nearest = squared_distances(x, mu)  # (M, N), (M, 1)
-    s = d.add_(eps)  # (M, N)
-    logits = s.log().neg_()  # (M, N)
-    logits = logits.sub_(logits.gather(1, nearest)).div_(tau)  # the largest is 0
-    logit_y = logits.gather(1, y)  # (M, 1)
-    p = logits.clamp_min_(LEAST_LOGIT).softmax(1)  # (M, N)
-    phi = -(logit_y + p.gather(1, nearest).log())[:, 0]  # (M,); log p_nearest normalises, as its logit is 0
+    d, nearest = squared_distances(x, mu)  # (N, M), (1, M)
+    s = d.add_(eps)  # (N, M)
+    logits = s.log().neg_()  # (N, M)
+    logits = logits.sub_(logits.gather(0, nearest)).div_(tau)  # the largest is 0
+    logit_y = logits.gather(0, y)  # (1, M)
+    p = logits.clamp_min_(LEAST_LOGIT).softmax(0)  # (N, M)
 
-    attraction = (1 - p.gather(1, y)) / s.gather(1, y) * (x - mu[y[:, 0]])  # (M, dims)
-    w = p.div_(s).scatter_(1, y, 0)  # (M, N): p_k / s_k of the other classes
-    repulsion = w.sum(1, keepdim=True) * x - w @ mu  # (M, dims), without the (M, N, dims) of all x - mu_k
+    # The logit of the nearest class is 0, so log p_nearest is minus the log of the softmax's denominator.
+    phi = -(logit_y + p.gather(0, nearest).log())[0]  # (M,)
+    attraction = ((1 - p.gather(0, y)) / s.gather(0, y)).T * (x - mu[y[0]])  # (M, dims)
+    w = p.div_(s).scatter_(0, y, 0)  # (N, M): p_k / s_k of the other classes
+    repulsion = w.sum(0)[:, None] * x - w.T @ mu  # (M, dims), without the (M, N, dims) of all x - mu_k
     return phi, (2 / tau) * (attraction - repulsion)
 
 
@@ -247,14 +273,15 @@ class FlowSeg(nn.Module):
         super().__init__()
         self.config = config
         self.network = network or Network(config)
-        encode = {"kronecker": kronecker_centroids, "coded": coded_centroids}[config.encoding]
+        encode = {"coded": coded_centroids, "kronecker": kronecker_centroids}[config.encoding]
         with torch.device("cpu"):  # also where the network is built on the meta device, without values
             mu = encode(config.num_classes, config.encoding_dims)
         self.register_buffer("centroids", mu, persistent=False)  # (N, dims)
+        self.eps = config.eps * least_spacing(mu)
         self.info = CheckpointInfo()
 
     def velocity(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
-        """v (B, dims, H, W) float32 at x (B, dims, H, W) and t (B,) in [0, 1], given an image (B, 3, H, W) in
+        """v (B, dims, H, W) float32 at x (B, dims, H, W) and t (B,) in [0, 1), given an image (B, 3, H, W) in
         [-1, 1] whose sides are multiples of the patch size. ValueError: another shape."""
         self._check(image)
         B, _, H, W = image.shape
@@ -266,12 +293,13 @@ class FlowSeg(nn.Module):
             raise ValueError(f"x is {tuple(x.shape)}, t {tuple(t.shape)}; expected {shape} and ({B},)")
         return self._velocity(x, t, self.network.encode_image(image))
 
-    def _velocity(self, x: Tensor, t: Tensor, features: "Features") -> Tensor:
-        return self.network(x, t, features)
+    def _velocity(self, x_t: Tensor, t: Tensor, features: "Features") -> Tensor:
+        return self.network(x_t, t, features)
 
     def source(self, image: Tensor) -> Tensor:
-        """x0 (B, dims, H, W): the image followed by zero channels."""
-        return F.pad(image, (0, 0, 0, 0, 0, self.config.encoding_dims - image.shape[1]))
+        """x0 (B, dims, H, W): the image followed by zero channels; in memory the channels come last."""
+        x0 = F.pad(image.movedim(1, -1), (0, self.config.encoding_dims - image.shape[1]))
+        return x0.contiguous().movedim(-1, 1)
 
     def encode_labels(self, labels: Tensor) -> Tensor:
         """x1 = mu[y] (B, dims, H, W); ignored pixels get the centroid of class 0 and must be masked."""
@@ -281,8 +309,7 @@ class FlowSeg(nn.Module):
         """Phi (B, 1, H, W) and its gradient (B, dims, H, W); ignored pixels count as class 0."""
         y = labels.where(labels != IGNORE, 0).flatten()  # (B H W,)
         pixels = x1_hat.movedim(1, -1).flatten(0, 2)  # (B H W, dims)
-        with without_autocast(x1_hat.device):
-            phi, grad = potential_gradient(pixels, y, self.centroids, self.config.eps, self.config.tau)
+        phi, grad = potential_gradient(pixels, y, self.centroids, self.eps, self.config.tau)
         return phi.view_as(labels)[:, None], grad.view(*labels.shape, -1).movedim(-1, 1)
 
     def loss(
@@ -302,20 +329,31 @@ class FlowSeg(nn.Module):
             x1_hat = x0 + v(x0, 0), without gradient;   x_t = (1 - t) x0 + t x1_hat
             loss = (R(x0, 0) + R(x_t, t)) / 2
 
-        R is the paper's |v - stopgrad(v_gt - grad Phi)|^2, measured in the end instead of the velocity, since
-        the velocity that is needed grows like 1 / (1 - t). With x1_hat = x_t + (1 - t) v:
+        To save time, a random share of the images stands for all of them in the second term.
 
-            R = mean over pixels and channels of |x1_hat - stopgrad(mu[y] - grad Phi(x1_hat))|^2
+        R is the paper's |v - stopgrad(v_gt - grad Phi)|^2, measured in the end instead of the velocity, since
+        the velocity that is needed grows like 1 / (1 - t). The potential has a weight w beside the squared
+        error, of which the paper's is 1: R has the gradient of |x1_hat - mu[y]|^2 + 2 w Phi(x1_hat).
+
+            R = mean over pixels and channels of |x1_hat - stopgrad(mu[y] - w grad Phi(x1_hat))|^2
         """
         self._check(image, labels)
         count = ((labels != IGNORE).sum() if count is None else count).clamp_min(1)
-        t = draw_random(torch.rand, (len(image),), generator).to(image)
+        t, choice = draw_random(torch.rand, (len(image), 2), generator).unbind(1)  # on the CPU
+        chosen = (choice < self.config.later_share).nonzero()[:, 0].to(image.device)  # without waiting for it
+        t = t.to(image)
         x0 = self.source(image)
         features = self.network.encode_image(image)
-        loss_0, stats_0, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
-        x_t = x0.lerp(x1_hat, 1 - time_left(t))
-        loss_t, stats_t, _ = self._loss_at(x_t, t, features, labels, count)
-        return (loss_0 + loss_t) / 2, {name: (stats_0[name] + stats_t[name]) / 2 for name in stats_0}
+        loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
+
+        # The second state of a random share of the images, which speak for all.
+        if len(chosen):
+            t = t[chosen]
+            x_t = x0[chosen].lerp(x1_hat[chosen], 1 - time_left(t))
+            features = Features(*(values[chosen] for values in features))
+            later, _, _ = self._loss_at(x_t, t, features, labels[chosen], count)
+            loss = loss + later / self.config.later_share
+        return loss / 2, stats
 
     def _loss_at(
         self, x_t: Tensor, t: Tensor, features: "Features", labels: Tensor, count: Tensor
@@ -325,7 +363,9 @@ class FlowSeg(nn.Module):
         x1_hat = x_t + time_left(t) * self._velocity(x_t, t, features)
         error = x1_hat - self.encode_labels(labels)  # = (1 - t) (v - v_gt)
         phi, grad = self.potential(x1_hat.detach(), labels)
-        residual = error + grad if self.config.objective == "reshaped" else error
+        residual = error
+        if self.config.objective == "reshaped":
+            residual = error + self.config.phi_weight * grad
         loss = (residual.square() * valid).sum() / (count * self.config.encoding_dims)
 
         fm_error = error.detach().square().mean(1, keepdim=True)  # (B, 1, H, W)
@@ -370,9 +410,9 @@ class FlowSeg(nn.Module):
     def soft_assignment(self, x: Tensor) -> Tensor:
         """p_k (B, N, H, W) float32 of states x (B, dims, H, W)."""
         pixels = x.movedim(1, -1).flatten(0, 2).float()  # (B H W, dims)
-        d, _ = squared_distances(pixels, self.centroids)  # (B H W, N)
-        p = ((d + self.config.eps).log() / -self.config.tau).softmax(1)
-        return p.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+        d, _ = squared_distances(pixels, self.centroids)  # (N, B H W)
+        p = ((d + self.eps).log() / -self.config.tau).softmax(0)
+        return p.view(-1, len(x), *x.shape[2:]).movedim(0, 1)
 
     def _check(self, image: Tensor, labels: Tensor | None = None) -> None:
         """Raise ValueError for another shape, type or, on the CPU, where looking costs little, label."""
@@ -391,7 +431,11 @@ class FlowSeg(nn.Module):
     def save(self, path: str | Path, **metadata) -> None:
         """Write the weights atomically as .safetensors; metadata are fields of CheckpointInfo."""
         facts = {"format": FORMAT, "config": asdict(self.config), **asdict(CheckpointInfo(**metadata))}
-        write_tensors(self.state_dict(), path, facts)
+        write_tensors(self.stored(), path, facts)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint holds."""
+        return self.state_dict()
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "FlowSeg":
@@ -406,10 +450,8 @@ class FlowSeg(nn.Module):
             with safe_open(path, "pt") as file:
                 facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
                 if facts.pop("format", None) != FORMAT:
-                    expected = f"{FORMAT} from `flowseg train` of this version"
-                    raise CheckpointError(
-                        f"{path} is no FlowSeg checkpoint or an older one; expected {expected}"
-                    )
+                    reason = f"is no FlowSeg checkpoint or an older one; expected {FORMAT}"
+                    raise CheckpointError(f"{path} {reason} from this version's `flowseg train`")
                 with torch.device("meta"):
                     model = cls(ModelConfig(**facts.pop("config")))
                 model.info = CheckpointInfo(**facts)
@@ -421,9 +463,8 @@ class FlowSeg(nn.Module):
                 raise ValueError(listed)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, RecursionError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"{path} is damaged ({reason}); pass another from `flowseg train`"
-            ) from error
+            fix = "pass another from `flowseg train`"
+            raise CheckpointError(f"{path} is damaged ({reason}); {fix}") from error
         model.load_state_dict(weights, assign=True)
         return model.to(device).eval()
 
@@ -440,8 +481,8 @@ class Features(NamedTuple):
     """What the image adds at every step of the flow."""
 
     tokens: Tensor  # (B, L, D), added to the tokens
-    queries: Tensor  # (B L, P P, Dx), added to the pixel queries of the neural field
-    velocity: Tensor  # (B L, P P, dims), added to the velocity
+    queries: Tensor  # (B, L, P P, Dx), added to the pixel queries of the neural field
+    velocity: Tensor  # (B, L, P P, dims), added to the velocity
 
 
 class RMSNorm(nn.RMSNorm):
@@ -528,12 +569,13 @@ class NerfBlock(nn.Module):
         self.norm = RMSNorm(width, eps=1e-6)
         self.param_generator = nn.Linear(hidden_size, 2 * width * ratio * width)
 
-    def forward(self, q: Tensor, generated: Tensor) -> Tensor:
-        """q: (n, P P, Dx), the pixels of n patches; generated: (n, 2 Dx r Dx), what their tokens gave."""
-        w1, w2 = generated.chunk(2, dim=-1)  # (n, Dx r Dx)
-        w1 = F.normalize(w1.unflatten(-1, (q.shape[-1], -1)), dim=-2)  # (n, Dx, r Dx), unit columns
-        w2 = F.normalize(w2.unflatten(-1, (-1, q.shape[-1])), dim=-2)  # (n, r Dx, Dx)
-        return q + F.silu(self.norm(q) @ w1) @ w2  # (n, P P, Dx)
+    def forward(self, q: Tensor, s: Tensor) -> Tensor:
+        """q: (B, L, P P, Dx), the pixels of the patches; s: (B, L, D), their tokens."""
+        width = q.shape[-1]
+        w1, w2 = self.param_generator(s).chunk(2, dim=-1)  # (B, L, Dx r Dx) each
+        w1 = F.normalize(w1.unflatten(-1, (width, -1)), dim=-2)  # (B, L, Dx, r Dx), unit columns
+        w2 = F.normalize(w2.unflatten(-1, (-1, width)), dim=-2)  # (B, L, r Dx, Dx)
+        return q + F.silu(self.norm(q) @ w1) @ w2  # (B, L, P P, Dx)
 
 
 def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
@@ -545,36 +587,44 @@ def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequentia
 
 
 class ImageEncoder(nn.Module):
-    """Convolutional pyramid with a top-down path, run once per image."""
+    """Convolutional pyramid with a top-down path, as in a feature pyramid network; it runs once per image.
 
-    def __init__(self, widths: list[int], stride: int = 2):
+    Level i has stride 2^i. On the way back each level is mapped to the width of the finer one before it is
+    enlarged, and added to it, so that little is computed at full resolution.
+    """
+
+    def __init__(self, widths: list[int]):
         super().__init__()
-        self.down = nn.ModuleList([conv_block(3, widths[0], stride)])
+        self.down = nn.ModuleList([conv_block(3, widths[0])])
         self.down.extend(conv_block(fine, coarse, stride=2) for fine, coarse in pairwise(widths))
-        self.up = nn.ModuleList(conv_block(fine + coarse, fine) for fine, coarse in pairwise(widths))
+        lateral = (nn.Conv2d(coarse, fine, 1, bias=False) for fine, coarse in pairwise(widths))
+        self.lateral = nn.ModuleList(lateral)
+        self.up = nn.ModuleList(conv_block(fine, fine) for fine in widths[:-1])
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> its finest level (B, widths[0], H/stride, W/stride) and its coarsest one."""
+        """(B, 3, H, W) -> finest level (B, widths[0], H, W) and coarsest (B, widths[-1], H/P, W/P)."""
+        x = image.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
         levels = []
-        x = image
         for block in self.down:
             x = block(x)
             levels.append(x)
-        for block, level in zip(reversed(self.up), reversed(levels[:-1]), strict=True):
-            x = F.interpolate(x, size=level.shape[-2:], mode="bilinear")
-            x = block(torch.cat([x, level], dim=1))
+        for i in reversed(range(len(self.up))):
+            wide = F.interpolate(self.lateral[i](x), scale_factor=2, mode="bilinear")
+            x = self.up[i](wide + levels[i])
         return x, levels[-1]
 
 
-def patchify(x: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, L, C, P, P), patches in row-major order."""
-    x = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, H/P, P, W/P, P)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+def pixels_of_patches(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, L, P P, C), patches and their pixels in row-major order."""
+    rows = x.movedim(1, -1).unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (B, H/P, P, W/P, P, C)
+    return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def pixels_of(patches: Tensor) -> Tensor:
-    """(B, L, C, P, P) -> (B L, P P, C)."""
-    return patches.flatten(0, 1).flatten(2).transpose(1, 2)
+def image_of_patches(pixels: Tensor, height: int, width: int) -> Tensor:
+    """(B, L, P P, C) -> (B, C, H, W), the inverse of `pixels_of_patches`; channels come last in memory."""
+    size = int(pixels.shape[2] ** 0.5)
+    rows = pixels.unflatten(2, (size, size)).unflatten(1, (height // size, width // size))
+    return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
 
 def cosine_basis(size: int, device: torch.device) -> Tensor:
@@ -587,9 +637,6 @@ def cosine_basis(size: int, device: torch.device) -> Tensor:
     return basis.flatten(2).flatten(0, 1)
 
 
-CHUNK_FIELD = 2**19  # activations rendered at a time on a CPU: two megabytes stay in the cache of a core
-
-
 class Network(nn.Module):
     """PixNerd: a transformer over patches, each of whose tokens generates a neural field for its pixels.
 
@@ -600,7 +647,12 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute activations in the backward pass to save memory
-        P, D, dims, width = config.patch_size, config.hidden_size, config.encoding_dims, config.nerf_width
+        P = config.patch_size
+        D = config.hidden_size
+        dims = config.encoding_dims
+        width = config.nerf_width
+
+        # PixNerd.
         self.patch_embed = nn.Linear(dims * P * P, D)
         self.time_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.null_class = nn.Parameter(torch.zeros(D))
@@ -611,16 +663,16 @@ class Network(nn.Module):
         self.head_norm = RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, dims)
 
-        # The image path: levels at strides 2, 4, .., P; without them tokens and pixels read the raw image.
-        widths = [config.conv_width * min(2**level, 4) for level in range(int(math.log2(P)))]
-        self.image_encoder = ImageEncoder(widths) if config.conv_width else None
-        token_channels = widths[-1] if config.conv_width else 3 * P * P
-        pixel_channels = 3 + (widths[0] if config.conv_width else 0)
-        self.image_to_token = nn.Linear(token_channels, D, bias=False)
-        self.image_to_pixel = nn.Linear(pixel_channels, width, bias=False)
-        self.image_to_velocity = nn.Linear(pixel_channels, dims, bias=False)  # past the norm of the head
+        # The image path: levels at strides 1, 2, 4, .., P, and a coarse velocity from the last tokens.
+        growth = [1, 2, 4, 6, 6, 6, 6]
+        widths = [config.conv_width * growth[level] for level in range(P.bit_length())]
+        self.image_encoder = ImageEncoder(widths)
+        self.image_to_token = nn.Linear(widths[-1], D, bias=False)
+        self.image_to_pixel = nn.Linear(widths[0], width, bias=False)
+        self.image_to_velocity = nn.Linear(widths[0], dims, bias=False)
+        self.token_to_velocity = nn.Linear(D, dims, bias=False)
 
-        # Blocks start as the identity and the head at zero, as in DiT.
+        # Blocks start as the identity, the head and the coarse velocity at zero, as in DiT.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -629,25 +681,19 @@ class Network(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.token_to_velocity.weight)
 
     def encode_image(self, image: Tensor) -> Features:
         """What the image (B, 3, H, W) adds at every step: to tokens, pixel queries and velocity."""
         P = self.config.patch_size
-        if self.image_encoder:
-            fine, coarse = self.image_encoder(image)
-            fine = F.interpolate(fine, scale_factor=2, mode="bilinear")  # (B, C, H, W)
-            pixels = torch.cat([image, fine], dim=1)
-            cells = coarse.flatten(2).transpose(1, 2)  # (B, L, C)
-        else:
-            pixels = image
-            cells = patchify(image, P).flatten(2)  # (B, L, 3 P P)
-        pixels = pixels_of(patchify(pixels, P))  # (B L, P P, 3 + C)
+        fine, coarse = self.image_encoder(image)
+        pixels = pixels_of_patches(fine, P)  # (B, L, P P, C)
+        tokens = self.image_to_token(coarse.flatten(2).transpose(1, 2))  # (B, L, D)
 
         # Positions enter the pixel queries linearly and are the same at every step, so they are added here.
         position_weight = self.pixel_embed.weight[:, self.config.encoding_dims :]  # (Dx, 64)
         position = cosine_basis(P, image.device) @ position_weight.T  # (P P, Dx)
-        queries = self.image_to_pixel(pixels) + position
-        return Features(self.image_to_token(cells), queries, self.image_to_velocity(pixels))
+        return Features(tokens, self.image_to_pixel(pixels) + position, self.image_to_velocity(pixels))
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Embedding (B, D) of t (B,) in [0, 1], in float32 also under autocast. The largest period is 10
@@ -659,41 +705,37 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
         """The velocity (B, dims, H, W) float32 at x (B, dims, H, W) and t (B,) in [0, 1]."""
-        B, C, H, W = x.shape
+        _, C, H, W = x.shape
         P = self.config.patch_size
-        cells = patchify(x, P)  # (B, L, C, P, P)
+        h, w = H // P, W // P
+        pixels = pixels_of_patches(x, P)  # (B, L, P P, C)
         time = self.embed_time(t)  # (B, D)
 
         # The transformer: tokens of the state, to which the image adds its own, under the condition of time.
-        tokens = self.patch_embed(cells.flatten(2)) + features.tokens  # (B, L, D)
+        weight = self.patch_embed.weight.unflatten(1, (C, -1)).transpose(1, 2).flatten(1)  # pixels first
+        tokens = F.linear(pixels.flatten(2), weight, self.patch_embed.bias) + features.tokens  # (B, L, D)
         condition = F.silu(time + self.null_class)  # (B, D)
-        cos, sin = rotary_angles(H // P, W // P, self.config.hidden_size // self.config.num_heads, x.device)
+        cos, sin = rotary_angles(h, w, self.config.hidden_size // self.config.num_heads, x.device)
         for block in self.blocks:
             tokens = self._run(block, tokens, condition, cos, sin)
 
         # The neural field: every token generates the weights that render its own P x P pixels.
-        s = F.silu(time[:, None] + tokens).flatten(0, 1)  # (B L, D)
-        generated = [block.param_generator(s) for block in self.nerf_blocks]  # (B L, 2 Dx r Dx) each
-        inputs = [pixels_of(cells), features.queries, features.velocity, *generated]
-        chunk = self._chunk(x.device)
-        parts = zip(*(values.split(chunk or len(s)) for values in inputs), strict=True)
-        out = torch.cat([self._run(self.render_patches, *part) for part in parts]).float()  # (B L, P P, C)
-        return out.view(B, H // P, W // P, P, P, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W)
+        s = F.silu(time[:, None] + tokens)  # (B, L, D)
+        out = self._run(self.render_patches, pixels, s, features.queries, features.velocity)
+        fine = image_of_patches(out.float(), H, W)  # (B, C, H, W)
 
-    def render_patches(self, x: Tensor, queries: Tensor, velocity: Tensor, *generated: Tensor) -> Tensor:
-        """The neural fields of n tokens: states x (n, P P, C) and what the image adds -> (n, P P, C)."""
+        # What the tokens say at once about their surroundings, without the neural field.
+        coarse = self.token_to_velocity(tokens).float().unflatten(1, (h, w)).movedim(-1, 1)  # (B, C, h, w)
+        return fine + F.interpolate(coarse, scale_factor=P, mode="bilinear")
+
+    def render_patches(self, x: Tensor, s: Tensor, queries: Tensor, velocity: Tensor) -> Tensor:
+        """The neural fields of tokens s (B, L, D) at their pixels: states x (B, L, P P, C) and what the image
+        adds -> velocity (B, L, P P, C)."""
         state_weight = self.pixel_embed.weight[:, : x.shape[-1]]
-        q = F.linear(x, state_weight, self.pixel_embed.bias) + queries  # (n, P P, Dx)
-        for block, weights in zip(self.nerf_blocks, generated, strict=True):
-            q = block(q, weights)
+        q = F.linear(x, state_weight, self.pixel_embed.bias) + queries  # (B, L, P P, Dx)
+        for block in self.nerf_blocks:
+            q = block(q, s)
         return self.head(self.head_norm(q)) + velocity
-
-    def _chunk(self, device: torch.device) -> int:
-        """How many tokens render their pixels at a time; 0: all."""
-        if device.type != "cpu" or torch.compiler.is_compiling():
-            return 0
-        activations = self.config.patch_size**2 * self.config.nerf_mlp_ratio * self.config.nerf_width
-        return max(1, CHUNK_FIELD // activations)
 
     def _run(self, function: Callable, *inputs: Tensor) -> Tensor:
         """function(*inputs); its activations are kept for the backward pass, or recomputed there."""
@@ -705,6 +747,7 @@ class Network(nn.Module):
 # 5 Files: weights as .safetensors, with metadata as JSON strings -----------------------------------------
 
 FORMAT = "flowseg-2"
+HEX_COLOR = re.compile("#[0-9a-f]{6}")
 
 
 class CheckpointError(Exception):
@@ -720,6 +763,8 @@ class CheckpointInfo:
     classes: tuple[str, ...] = ()  # names in the order of train ids; none: a backbone, which cannot segment
     ids: tuple[int | str, ...] = ()  # raw mask value of each class, a number or a colour "#rrggbb"
     ignore: tuple[int | str, ...] = ()  # raw mask values that are ignored
+    colors: tuple[str, ...] = ()  # "#rrggbb" of each class in pictures; none: those of the centroids
+    clear: tuple[str, ...] = ()  # classes that overlays leave as they are
     dataset: str = ""  # a name, or the absolute path of a folder
     root: str = ""  # data root of a named data set
     crop_size: int = 0  # side of the training crop; evaluation makes it the short side
@@ -731,14 +776,20 @@ class CheckpointInfo:
     environment: dict = field(default_factory=dict)  # versions and commit
 
     def __post_init__(self):
-        for name, kinds in {"classes": (str,), "ids": (int, str), "ignore": (int, str)}.items():
+        for name in ("classes", "ids", "ignore", "colors", "clear"):
+            kinds = (int, str) if name in ("ids", "ignore") else (str,)
             values = getattr(self, name)
-            if type(values) not in (list, tuple) or any(type(value) not in kinds for value in values):
+            good = type(values) in (list, tuple) and all(type(value) in kinds for value in values)
+            if not good or (name != "colors" and len(set(values)) < len(values)):
                 expected = " or ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"{name} is {values!r}; expected a list of {expected}")
-            object.__setattr__(self, name, tuple(values))
-        if len(self.classes) != len(set(self.classes)) or len(self.classes) != len(set(self.ids)):
-            raise ValueError("classes and ids are not different, or not one id a class")
+                raise ValueError(f"{name} is {values!r}; expected a list of different values, {expected}")
+            object.__setattr__(self, name, tuple(values))  # JSON has lists only
+            for value in values if name in ("ids", "ignore", "colors") else ():
+                if type(value) is str and not HEX_COLOR.fullmatch(value):
+                    raise ValueError(f"{name} has {value!r}; colours are written '#rrggbb'")
+        if len(self.classes) != len(self.ids) or len(self.colors) not in (0, len(self.classes)):
+            counts = f"{len(self.ids)} ids and {len(self.colors)} colours for {len(self.classes)} classes"
+            raise ValueError(f"{counts}; expected one each")
         for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind.__name__}")
@@ -750,18 +801,15 @@ def tensor_faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """How many tensors are missing, unknown, of another shape or not finite, and the first three; or ""."""
     wrong = []
     for name in sorted(expected.keys() | found.keys()):
-        wanted = str(tuple(expected[name].shape)) if name in expected else "nothing"
-        given = str(tuple(found[name].shape)) if name in found else "missing"
-        if (
-            given == wanted
-            and found[name].numel()
-            and not torch.stack(found[name].aminmax()).isfinite().all()
-        ):
-            given = "not finite"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
+        given = tuple(found[name].shape) if name in found else "missing"
+        if given == wanted and found[name].numel():
+            finite = torch.stack(found[name].aminmax()).isfinite().all()  # takes no memory
+            given = given if finite else "not finite"
         if given != wanted:
             wrong.append(f"{name} is {given}, expected {wanted}")
-    more = "; .." if len(wrong) > 3 else ""
-    return f"{len(wrong)} faults: {'; '.join(wrong[:3])}{more}" if wrong else ""
+    shown = wrong[:3] if len(wrong) <= 3 else [*wrong[:3], ".."]
+    return f"{len(wrong)} faults: {'; '.join(shown)}" if wrong else ""
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict, keep: str = "") -> None:

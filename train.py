@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader
 from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced, open_dataset
 from flowseg_tools import records, runs
 from flowseg_tools.check import before_training
-from flowseg_tools.dinov2 import Alignment
-from flowseg_tools.predict import Mode, segment_photo
+from flowseg_tools.dinov2 import Alignment, DinoFlowSeg, load_encoder
+from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError, process, summed
 from flowseg_tools.settings import command_for, resolve_as
@@ -51,21 +51,22 @@ class TrainConfig:
     preset: str = "tiny"
     init: str = ""  # weights or run directory to start from
     seed: int = 0
-    max_steps: int = 800
+    max_steps: int = 480
     batch_size: int = 8  # images per training step, over all processes
     grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
     crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
-    optimizer: str = "adamw"  # | muon
+    optimizer: str = "muon"  # | adamw
     lr: float = 4e-3
-    warmup_steps: int = 100  # linear warm-up, then cosine to zero
+    warmup_steps: int = 60  # linear warm-up, then cosine to zero
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
     ema_decay: float = 0.995
+    encoder: str = ""  # DINOv2 weights for the image path; none: its convolutions alone
     teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
-    eval_every: int = 800
-    save_every: int = 200
+    eval_every: int = 160
+    save_every: int = 160
     log_every: int = 25
     num_workers: int = 0  # processes that load images
     max_pixels: int = MAX_PIXELS  # the largest picture that is opened
@@ -106,6 +107,7 @@ class Metrics:
     """Scores, in [0, 1], of a confusion matrix: int64 (N, N), rows are labels, columns are predictions."""
 
     confusion: np.ndarray
+    images: dict[int, float] = field(default_factory=dict)  # mIoU of every image by its index; nan: no label
 
     @property
     def iou(self) -> Tensor:
@@ -151,17 +153,21 @@ def evaluate(
     indices = evenly_spaced(len(dataset), limit)
     rank, world = process()
     confusion = np.zeros((num_classes, num_classes), np.int64)
-    for i in track(indices[rank::world]):
-        photo, labels = dataset[i]
+    ious = np.zeros(len(indices))  # of single images
+    samples = read_ahead(dataset.__getitem__, track(indices[rank::world]))
+    for i, (photo, labels) in enumerate(samples):
         prediction, _ = segment_photo(model, photo, short_side, steps, mode, flip)
-        confusion += confusion_matrix(labels, prediction, num_classes)
-    summed(torch.from_numpy(confusion))  # in place
+        counts = confusion_matrix(labels, prediction, num_classes)
+        confusion += counts
+        ious[rank + i * world] = Metrics(counts).scores["mIoU"]
+    for values in (confusion, ious):
+        summed(torch.from_numpy(values))  # in place
     protocol = {
         "dataset": dataset.name, "split": dataset.split, "images": len(indices),
         "evenly_spaced_of": len(dataset), "mode": mode, "flip": flip, "short_side": short_side,
         "compared_at": "original size", "steps": steps, "weights": weights_hash(model),
     }  # fmt: skip
-    return Metrics(confusion), protocol
+    return Metrics(confusion, dict(zip(indices, ious.tolist(), strict=True))), protocol
 
 
 # Optimization --------------------------------------------------------------------------------------------
@@ -170,17 +176,28 @@ def evaluate(
 def orthogonal(matrix: Tensor) -> Tensor:
     """About the orthogonal matrix nearest to `matrix`: its singular values become 0.7 to 1.2.
 
-    Five Newton-Schulz steps x <- a x + b (x x') x + c (x x')^2 x (Jordan et al., Muon, 2024), which need
-    neither a decomposition nor more than bfloat16.
+    Five Newton-Schulz steps X <- (a I + b A + c A^2) X with A = X X' (Jordan et al., Muon, 2024) need no
+    decomposition. On CUDA bfloat16 is enough for them. On a CPU in float32 the steps are taken on the small
+    matrix A alone, A <- S A S, and only their product P meets the long side of X.
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix
-    tall = x.shape[0] > x.shape[1]
-    x = x.mT if tall else x  # the smaller side makes the smaller products
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
+    tall = matrix.shape[0] > matrix.shape[1]
+    X = matrix.mT if tall else matrix
+    X = X / (X.norm() + 1e-7)
+    if X.is_cuda:
+        X = X.bfloat16()
+        for _ in range(5):
+            A = X @ X.mT
+            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    else:
+        A = X @ X.mT
+        identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
+        P = identity
+        for _ in range(5):
+            S = 3.4445 * identity - 4.7750 * A + 2.0315 * A @ A
+            P = S @ P
+            A = S @ A @ S
+        X = P @ X
+    return (X.mT if tall else X).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -204,6 +221,8 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         sent = []
         for i, weight in enumerate(group["params"]):
+            if weight.grad is None:
+                continue
             if weight not in self.state:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
             momentum = self.state[weight]["momentum"]
@@ -221,8 +240,8 @@ class Muon(torch.optim.Optimizer):
 
 
 # Layers that Muon leaves to AdamW: the first ones, which see colours and time, and the last ones.
-FIRST = ("patch_embed", "pixel_embed", "time_mlp.0", "image_encoder.down.0.0")
-LAST = ("head", "image_to_velocity")
+FIRST = ("patch_embed", "pixel_embed", "time_mlp.0", "image_encoder.down.0.0.")
+LAST = ("head", "image_to_velocity", "token_to_velocity")
 
 
 def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -231,10 +250,14 @@ def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.opt
     Matrices decay; biases, norms and embeddings do not. AdamW's second moment forgets after about 100 steps
     instead of the usual 1000, because runs may be short.
     """
-    hidden, matrices, others = [], [], []
+    hidden, matrices, others, public = [], [], [], []
     for name, parameter in objective.named_parameters():
         outer = name.removeprefix("model.network.").startswith((*FIRST, *LAST))
-        if parameter.ndim < 2:
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("model.network.vit."):  # it was trained already
+            public.append(parameter)
+        elif parameter.ndim < 2:
             others.append(parameter)
         elif config.optimizer == "adamw" or outer:
             matrices.append(parameter)
@@ -244,6 +267,8 @@ def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.opt
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    if public:
+        groups.append({"params": public, "weight_decay": config.weight_decay, "lr_scale": 0.1})
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
     return [adamw, Muon(hidden, config.lr, config.weight_decay)] if hidden else [adamw]
 
@@ -361,8 +386,12 @@ class Run:
 
         # The network, from random weights or from others; alignment is trained with it, but not exported.
         torch.manual_seed(config.seed)
-        model = kind(network)
+        model = (DinoFlowSeg if network.vit_width else kind)(network)
         origin = "random weights"
+        if config.encoder:
+            load_encoder(model.network, config.encoder)
+        elif network.vit_width and (not config.init or config.init.endswith(".ckpt")):
+            raise RunError(f"preset {config.preset} needs --encoder FILE; `flowseg download` lists DINOv2")
         if config.init and not (folder / runs.STATE).exists():
             origin = runs.newest_checkpoint(Path(config.init), command_for(config.init))
             start_from(model, origin)
@@ -487,7 +516,7 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
                 score = metrics.scores["mIoU"]
                 run.console.print(f"step {run.step}: validation mIoU {score:.1%}")
                 if run.rank == 0:
-                    records.write_weights(run, metrics.scores, protocol)
+                    records.write_weights(run, metrics, protocol)
                 run.validated = run.step
                 run.best = max(run.best, score)
             measured_from = run.step
@@ -508,14 +537,14 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
         # One training step: gradient, clipping, update. Without a finite gradient it is left out.
         parts = [next(loader) for _ in range(config.grad_accum_steps)]
         values = backward(run.objective, parts, noise_generators(config, run.step), run.bfloat16, run.device)
-        parameters = list(run.objective.parameters())
+        parameters = [parameter for parameter in run.objective.parameters() if parameter.requires_grad]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         failures = 0 if norm.isfinite() else failures + 1
         if failures == 0:
             nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
             for optimizer in run.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(run.step, config)
+                    group["lr"] = learning_rate(run.step, config) * group.get("lr_scale", 1.0)
                 optimizer.step()
         elif failures == MOST_FAILURES:
             raise RunError(explain_failure(run, parts))

@@ -1,5 +1,7 @@
 """Baselines that FlowSeg is compared with: the tests use them, and ablate.py trains them like FlowSeg."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from model import (
     ImageEncoder,
     ModelConfig,
     draw_random,
+    least_spacing,
     squared_distances,
     time_left,
 )
@@ -20,7 +23,15 @@ Loss = tuple[Tensor, dict[str, Tensor]]  # the loss and the diagnostics
 
 
 class CrossEntropy(FlowSeg):
-    """The same network with one channel for every class; its end state after one step is read as logits."""
+    """The same network with a softmax head: the end of one step has a channel for every class, its logit.
+
+    The centroids only colour the pictures. Two classes leave the third channel of the image unused.
+    """
+
+    def __init__(self, config: ModelConfig, network: nn.Module | None = None):
+        channels = max(3, config.num_classes)
+        config = replace(config, encoding="kronecker", encoding_dims=channels, steps=1)
+        super().__init__(config, network)
 
     def loss(
         self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
@@ -28,51 +39,39 @@ class CrossEntropy(FlowSeg):
         if count is None:
             count = (labels != IGNORE).sum()
         x0 = self.source(image)
-        logits = x0 + self.velocity(x0, image.new_zeros(len(image)), image)
-        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / count
+        t = image.new_zeros(len(image))
+        logits = x0 + self._velocity(x0, t, self.network.encode_image(image))
+        logits = logits[:, : self.config.num_classes]
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / count.clamp_min(1)
         return loss, dict.fromkeys(("fm_error", "phi", "grad_phi"), loss.detach())
 
     def soft_assignment(self, x: Tensor) -> Tensor:
-        return x.softmax(1)
+        return x[:, : self.config.num_classes].softmax(1)
 
 
-class FirstStep(FlowSeg):
-    """Only t = 0 is learned, so there is no flow beyond one step."""
+class Leaky(FlowSeg):
+    """Flow matching as it is usually written: one state per image, which holds the truth, at a uniform t.
+
+    The error is that of v against v_gt - w grad Phi, not that of the end. The label can be read from x_t.
+    """
 
     def loss(
         self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
     ) -> Loss:
         if count is None:
             count = (labels != IGNORE).sum()
-        t = image.new_zeros(len(image))
-        features = self.network.encode_image(image)
-        loss, stats, _ = self._loss_at(self.source(image), t, features, labels, count.clamp_min(1))
-        return loss, stats
-
-
-class Leaky(FlowSeg):
-    """Flow matching as it is usually written: t is uniform, x_t holds the truth, the error is that of v."""
-
-    def loss(
-        self, image: Tensor, labels: Tensor, generator: Generator = None, count: Tensor | None = None
-    ) -> Loss:
-        # The state x_t = (1 - t) x0 + t mu[y], from which the label can be read.
-        valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
-        if count is None:
-            count = valid.sum()
-        count = count.clamp_min(1)
         t = draw_random(torch.rand, (len(image),), generator).to(image)
         x0 = self.source(image)
         x1 = self.encode_labels(labels)
         x_t = x0.lerp(x1, 1 - time_left(t))
-
-        # The error of v against v_gt - grad Phi.
         v = self._velocity(x_t, t, self.network.encode_image(image))
         x1_hat = (x_t + time_left(t) * v).detach()
         phi, grad = self.potential(x1_hat, labels)
         target = x1 - x0
         if self.config.objective == "reshaped":
-            target = target - grad
+            target = target - self.config.phi_weight * grad
+        valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
+        count = count.clamp_min(1)
         loss = ((v - target).square() * valid).sum() / (count * self.config.encoding_dims)
 
         fm_error = (x1_hat - x1).square().mean(1, keepdim=True)  # (B, 1, H, W)
@@ -113,8 +112,8 @@ class Noise(FlowSeg):
 class End(FlowSeg):
     """The output of the network is read as the end x1_hat instead of the velocity."""
 
-    def _velocity(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
-        return (super()._velocity(x, t, features) - x) / time_left(t)
+    def _velocity(self, x_t: Tensor, t: Tensor, features: Features) -> Tensor:
+        return (super()._velocity(x_t, t, features) - x_t) / time_left(t)
 
 
 class Annealed(FlowSeg):
@@ -160,9 +159,9 @@ class Transformed(FlowSeg):
     @torch.no_grad()
     def soft_assignment(self, x: Tensor) -> Tensor:
         pixels = x.movedim(1, -1).flatten(0, 2).float()  # (B H W, dims)
-        d, _ = squared_distances(pixels, self.centroids)
-        p = (self.logits(d) / self.config.tau).softmax(1)  # (B H W, N)
-        return p.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+        d, _ = squared_distances(pixels, self.centroids)  # (N, B H W)
+        p = (self.logits(d) / self.config.tau).softmax(0)
+        return p.view(-1, len(x), *x.shape[2:]).movedim(0, 1)
 
 
 class Linear(Transformed):
@@ -176,14 +175,14 @@ class Sqrt(Transformed):
     """T(d) = -sqrt(d + eps)."""
 
     def logits(self, d: Tensor) -> Tensor:
-        return -(d + self.config.eps).sqrt()
+        return -(d + self.eps).sqrt()
 
 
 class Inverse(Transformed):
     """T(d) = 1 / (d + eps)."""
 
     def logits(self, d: Tensor) -> Tensor:
-        return 1 / (d + self.config.eps)
+        return 1 / (d + self.eps)
 
 
 def golden_centroids(num_classes: int, dims: int = 3) -> Tensor:
@@ -205,27 +204,30 @@ class Golden(FlowSeg):
         super().__init__(config)
         with torch.device("cpu"):  # `load` builds the model on the meta device, where there are no values
             self.centroids = golden_centroids(config.num_classes, config.encoding_dims)
+        self.eps = config.eps * least_spacing(self.centroids)
 
 
 class UNetwork(nn.Module):
-    """A plain convolutional U-Net at full resolution with 0.9 M parameters: one step turns x0 into logits."""
+    """A plain convolutional U-Net from full resolution to a stride of 8, with 0.7 M parameters."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, channels: int):
         super().__init__()
         widths = [24, 48, 96, 144]
-        self.encoder = ImageEncoder(widths, stride=1)
-        self.head = nn.Conv2d(widths[0], num_classes, 1)
+        self.image_encoder = ImageEncoder(widths)
+        self.head = nn.Conv2d(widths[0], channels, 1)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        fine, _ = self.encoder(image)
-        return self.head(fine)  # (B, N, H, W)
-
-    def forward(self, x: Tensor, t: Tensor, logits: Tensor) -> Tensor:
-        return logits - x
+        """The logits (B, channels, H, W) of images (B, 3, H, W) whose sides are multiples of 8."""
+        fine, _ = self.image_encoder(image)
+        return self.head(fine)
 
 
 class UNet(CrossEntropy):
-    """The yardstick: a plain U-Net trained by cross-entropy."""
+    """The yardstick: a plain U-Net trained by cross-entropy; wherever the state is, it aims at the logits."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config, UNetwork(config.num_classes))
+        network = UNetwork(max(3, config.num_classes))
+        super().__init__(replace(config, patch_size=8), network)
+
+    def _velocity(self, x_t: Tensor, t: Tensor, features: Tensor) -> Tensor:
+        return (features - x_t) / time_left(t)

@@ -43,13 +43,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def medium(tiny: bool, **changes) -> ModelConfig:
-    """D 384, 12 + 2 blocks; the image enters as raw pixels, so that only PixNerd's own parts are timed."""
+    """D 384, 12 + 2 blocks and a narrow image path, so that PixNerd's own parts take nearly all the time."""
     if tiny:
-        config = ModelConfig(num_classes=5, hidden_size=32, num_heads=2, conv_width=0)
+        config = ModelConfig(num_classes=5, hidden_size=32, num_heads=2, conv_width=8)
     else:
         config = ModelConfig(
             num_classes=171, patch_size=16, hidden_size=384, depth=12, num_heads=6, nerf_depth=2,
-            nerf_width=64, nerf_mlp_ratio=2, conv_width=0,
+            nerf_width=64, nerf_mlp_ratio=2, conv_width=8,
         )  # fmt: skip
     return replace(config, **changes)
 
@@ -126,7 +126,7 @@ def network_of(setting: str, tiny: bool) -> tuple[nn.Module, nn.Module]:
 
 def network_step(network: nn.Module, encoder: nn.Module, tiny: bool) -> Callable:
     """Forward and backward of 4 images of 256 x 256, given what the image adds."""
-    B, side, dims = (1, 32, 16) if tiny else (4, 256, 16)
+    B, side, dims = (1, 32, 19) if tiny else (4, 256, 19)
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(B, 3, side, side, generator=generator) * 2 - 1
     x = torch.randn(B, dims, side, side, generator=generator)
@@ -163,13 +163,14 @@ def bench_network(tiny: bool, repeats: int, compiling: bool) -> dict:
 
 def potential_call(tiny: bool) -> Callable:
     """One call of `potential_gradient` for one image of 512 x 512 and 171 classes."""
-    M, N, dims = (1000, 5, 4) if tiny else (512 * 512, 171, 19)
+    M, N, dims = (1000, 5, 6) if tiny else (512 * 512, 171, 19)
     generator = torch.Generator().manual_seed(0)
     mu = method.coded_centroids(N, dims)
     y = torch.randint(0, N, (M,), generator=generator)
     nearby = mu[torch.randint(0, N, (M,), generator=generator)]
     x = nearby + torch.randn(M, dims, generator=generator) / 4
-    return partial(method.potential_gradient, x, y, mu, ModelConfig.eps, ModelConfig.tau)
+    eps = ModelConfig.eps * method.least_spacing(mu)
+    return partial(method.potential_gradient, x, y, mu, eps, ModelConfig.tau)
 
 
 @contextmanager
@@ -236,10 +237,7 @@ def bench_training(tiny: bool, repeats: int, compiling: bool) -> dict:
 def bench_potential(tiny: bool, repeats: int, compiling: bool) -> dict:
     """A D 384 step at 512 x 512 with 171 classes: reshaped, vanilla, vanilla without diagnostics."""
     side = 32 if tiny else 512
-    if tiny:
-        config = medium(tiny, encoding="coded", encoding_dims=4)
-    else:
-        config = medium(tiny, encoding="coded", encoding_dims=19, conv_width=ModelConfig.conv_width)
+    config = medium(tiny, conv_width=ModelConfig.conv_width)
     _, reshaped = training_step(config, 1, side)
     _, vanilla = training_step(replace(config, objective="vanilla"), 1, side)
 
@@ -259,7 +257,8 @@ def bench_potential(tiny: bool, repeats: int, compiling: bool) -> dict:
     facts = {f"{name}, seconds": value for name, value in seconds.items()}
     ratio = seconds["reshaped"] / seconds["vanilla, not even diagnosed"]
     facts["reshaped / vanilla, not even diagnosed"] = ratio
-    facts["share of a step"] = 2 * seconds["potential"] / seconds["reshaped"]  # two states a step
+    states = 1 + config.later_share  # of each image in a step
+    facts["share of a step"] = states * seconds["potential"] / seconds["reshaped"]
     facts["extra memory MB"] = peak_of("potential", tiny)
     return facts
 
@@ -308,8 +307,9 @@ class Shift(nn.Module):
         super().__init__()
         self.param_generator = nn.Linear(config.hidden_size, config.nerf_width)
 
-    def forward(self, q: Tensor, generated: Tensor) -> Tensor:
-        return q + generated[:, None]
+    def forward(self, q: Tensor, s: Tensor) -> Tensor:
+        """q: (B, L, P P, Dx); s: (B, L, D)."""
+        return q + self.param_generator(s)[:, :, None]
 
 
 def bench_shares(tiny: bool, repeats: int, compiling: bool) -> dict:
@@ -322,7 +322,7 @@ def bench_shares(tiny: bool, repeats: int, compiling: bool) -> dict:
         setup, config = resolve({"preset": preset})
         batch, side = setup.batch_size, setup.crop_size
         facts[f"{preset}, batch {batch}, {side} px"] = step_shares(config, batch, side, repeats)
-    config = medium(tiny, conv_width=ModelConfig.conv_width, encoding="coded", encoding_dims=19)
+    config = medium(tiny, conv_width=ModelConfig.conv_width)
     facts["D 384, batch 1, 256 px"] = step_shares(config, 1, 256, repeats)
     return facts
 
@@ -479,7 +479,7 @@ def bench_scaling(tiny: bool, repeats: int, compiling: bool) -> dict:
 def many_classes(preset: str) -> ModelConfig:
     """A preset with the classes of COCO-Stuff."""
     _, config = resolve({"preset": preset})
-    return replace(config, num_classes=171, encoding_dims=19)
+    return replace(config, num_classes=171)
 
 
 SECTIONS = {

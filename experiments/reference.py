@@ -91,17 +91,10 @@ class Reference(Network):
 
     def encode_image(self, image: Tensor) -> Features:
         P = self.config.patch_size
-        if self.image_encoder:
-            fine, coarse = self.image_encoder(image)
-            coarse = coarse.flatten(2).transpose(1, 2)  # (B, L, C)
-            pixels = torch.cat([image, F.interpolate(fine, scale_factor=2, mode="bilinear")], dim=1)
-        else:
-            coarse = unfold(image, P)
-            pixels = image
-        pixels = pixels_of(unfold(pixels, P), pixels.shape[1])  # (B L, P P, 3 + C)
-        return Features(
-            self.image_to_token(coarse), self.image_to_pixel(pixels), self.image_to_velocity(pixels)
-        )
+        fine, coarse = self.image_encoder(image)
+        tokens = self.image_to_token(coarse.flatten(2).transpose(1, 2))  # (B, L, D)
+        pixels = pixels_of(unfold(fine, P), fine.shape[1]).unflatten(0, (len(image), -1))  # (B, L, P P, C)
+        return Features(tokens, self.image_to_pixel(pixels), self.image_to_velocity(pixels))
 
     def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
         # The condition is the time, embedded with periods up to 10.
@@ -122,9 +115,13 @@ class Reference(Network):
         s = F.silu(time[:, None] + tokens).flatten(0, 1)  # (B L, D)
         pixels = pixels_of(cells, C)  # (B L, P P, C)
         position = cosines(P).expand(len(pixels), -1, -1)  # (B L, P P, 64)
-        q = self.pixel_embed(torch.cat([pixels, position], dim=-1)) + features.queries
+        q = self.pixel_embed(torch.cat([pixels, position], dim=-1)) + features.queries.flatten(0, 1)
         for block in self.nerf_blocks:
             q = render(block, q, s)
-        out = self.head(rms_norm(self.head_norm, q)) + features.velocity  # (B L, P P, C)
+        out = self.head(rms_norm(self.head_norm, q)) + features.velocity.flatten(0, 1)  # (B L, P P, C)
         out = out.transpose(1, 2).reshape(B, -1, C * P * P).transpose(1, 2)  # (B, C P P, L)
-        return F.fold(out, (H, W), P, stride=P)
+        fine = F.fold(out, (H, W), P, stride=P)
+
+        # The coarse velocity of the last tokens.
+        coarse = self.token_to_velocity(tokens).transpose(1, 2).unflatten(2, (H // P, W // P))
+        return fine + F.interpolate(coarse, scale_factor=P, mode="bilinear")

@@ -272,7 +272,8 @@ def draw_preview(dataset: str, root: Path | None, file: Path) -> None:
 
     data = open_dataset(dataset, "training", root, strict=False)
     classes = data.labels.classes
-    palette = draw.palette(kronecker_centroids(len(classes)).numpy())
+    palette = draw.palette(kronecker_centroids(len(classes)).numpy(), data.labels.colors)
+    clear = draw.clear_ids(classes, data.labels.clear)
     tiles = []
     seen = set()
     for index in evenly_spaced(len(data), 8):
@@ -282,7 +283,7 @@ def draw_preview(dataset: str, root: Path | None, file: Path) -> None:
         crop_labels = labels
         if data.augment:
             crop, crop_labels = augment(image, labels, min(256, *image.size), np.random.default_rng(index))
-        for tile in (image, draw.colorize(labels, palette), draw.overlay(crop, crop_labels, palette)):
+        for tile in (image, draw.colorize(labels, palette), draw.overlay(crop, crop_labels, palette, clear)):
             tiles.append(ImageOps.contain(tile, (320, 320), Image.Resampling.NEAREST))
     entries = [(name, palette[k], None) for k, name in enumerate(classes) if k in seen]
     if IGNORE in seen:

@@ -1,5 +1,6 @@
-"""DINOv2 (arXiv 2304.07193): the public vision transformer, frozen, as the teacher of our tokens.
+"""DINOv2 (arXiv 2304.07193): the public vision transformer, as part of the image path and as a teacher.
 
+As an encoder it sees the image once, and its features join the tokens at every step of the flow.
 Representation alignment (REPA, arXiv 2410.06940): a small MLP has to predict from our tokens what the
 teacher sees at the same place of the clean image. Shapes: B images, L = h w patches, tokens of width D.
 """
@@ -13,12 +14,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowseg_tools.pretrained import public_file
-from model import tensor_faults
+from flowseg_tools.pretrained import public_file, stored_tensors
+from model import CheckpointError, Features, FlowSeg, ModelConfig, Network, tensor_faults
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], with which the public weights were trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_DEPTH = 100  # blocks; the largest public model has 40
 # Positions are resampled at the scale (cells + 0.1) / trained cells, as the public weights were trained.
 POSITION_OFFSET = 0.1
 
@@ -65,9 +67,8 @@ class DinoV2(nn.Module):
         self.blocks = nn.Sequential(*(Block(hidden_size, mlp_size, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W), normalised by `teacher_input`, to one token a patch (B, L, D).
+        """Map images (B, 3, H, W), normalised by `dino_input`, to one token a patch (B, L, D).
 
         Raises ValueError if H or W is not a multiple of the patch size.
         """
@@ -99,6 +100,7 @@ def load_dinov2(path: str | Path, num_heads: int | None = None) -> DinoV2:
     L, or 16 in smaller models. Raises CheckpointError if the file cannot be used.
     """
     with public_file(path, "DINOv2 ViT-S, B or L") as weights:
+        stored_tensors(weights, path)
         weights.pop("mask_token", None)  # used in pre-training only
         with torch.device("meta"):
             model = DinoV2(**dinov2_sizes(weights, num_heads))
@@ -111,6 +113,11 @@ def load_dinov2(path: str | Path, num_heads: int | None = None) -> DinoV2:
     return model.float().requires_grad_(False).eval()
 
 
+def default_heads(hidden_size: int) -> int:
+    """Return the number of heads, which no file tells: of 64 channels in ViT-S, B and L, of 16 below."""
+    return max(1, hidden_size // (64 if hidden_size >= 384 else 16))
+
+
 def dinov2_sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str, int]:
     """Return the arguments of DinoV2 that the weights imply; KeyError or ValueError if they imply none.
 
@@ -121,9 +128,11 @@ def dinov2_sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str,
     block_numbers = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     mlp_biases = [value.numel() for name, value in weights.items() if name.endswith("fc1.bias")]
 
-    num_heads = num_heads or max(1, hidden_size // (64 if hidden_size >= 384 else 16))
+    num_heads = num_heads or default_heads(hidden_size)
     if hidden_size % num_heads:
         raise ValueError(f"its width {hidden_size} is not a multiple of {num_heads} heads: pass num_heads")
+    if len(block_numbers) > MAX_DEPTH:
+        raise ValueError(f"{len(block_numbers):,} blocks, expected at most {MAX_DEPTH}")
     registers = weights.get("register_tokens", torch.zeros(0))
     return {
         "hidden_size": hidden_size,
@@ -136,22 +145,96 @@ def dinov2_sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str,
     }
 
 
-def teacher_input(image: Tensor, patch_size: int, teacher_patch: int = 14) -> Tensor:
-    """Normalise images (B, 3, H, W) in [-1, 1] and resize them for the teacher.
-
-    Its patches of `teacher_patch` pixels then cover the same parts of the image as ours of `patch_size`.
-    """
+def dino_input(image: Tensor, size: list[int]) -> Tensor:
+    """Normalise images (B, 3, H, W) in [-1, 1] as DINOv2 was trained, at this height and width in pixels."""
     mean = image.new_tensor(IMAGENET_MEAN)[:, None, None]
     std = image.new_tensor(IMAGENET_STD)[:, None, None]
-    size = [side * teacher_patch // patch_size for side in image.shape[2:]]
     return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
+
+
+def teacher_input(image: Tensor, patch_size: int, teacher_patch: int = 14) -> Tensor:
+    """Return the input whose patches of `teacher_patch` pixels cover what ours of `patch_size` cover."""
+    return dino_input(image, [side * teacher_patch // patch_size for side in image.shape[2:]])
+
+
+class DinoNetwork(Network):
+    """A network whose tokens also get what a vision transformer sees, if the configuration has one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        if config.vit_width:
+            heads = default_heads(config.vit_width)
+            sizes = (config.vit_patch, config.vit_grid, config.vit_registers)
+            self.vit = DinoV2(config.vit_width, config.vit_depth, heads, 4 * config.vit_width, *sizes)
+            self.vit.requires_grad_(config.finetune_encoder)
+            self.image_vit_to_token = nn.Linear(config.vit_width, config.hidden_size, bias=False)
+
+    def encode_image(self, image: Tensor) -> Features:
+        """Add the features to the tokens, resampled from its patches to ours."""
+        features = super().encode_image(image)
+        if not self.config.vit_width:
+            return features
+        patch = self.config.vit_patch
+        grid = [max(1, round(side / patch)) for side in image.shape[2:]]  # of its patches in about this size
+        seen = self.vit(dino_input(image, [cells * patch for cells in grid]))
+        seen = seen.transpose(1, 2).unflatten(2, grid)  # (B, D, *grid)
+
+        size = [side // self.config.patch_size for side in image.shape[2:]]
+        seen = F.interpolate(seen, size=size, mode="bilinear").flatten(2).transpose(1, 2)  # (B, L, D)
+        return features._replace(tokens=features.tokens + self.image_vit_to_token(seen))
+
+
+class DinoFlowSeg(FlowSeg):
+    """FlowSeg on a DinoNetwork; without a vision transformer it is FlowSeg."""
+
+    def __init__(self, config: ModelConfig, network: nn.Module | None = None):
+        super().__init__(config, network or DinoNetwork(config))
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: a frozen vision transformer in bfloat16, to which it was rounded."""
+        tensors = self.state_dict()
+        for name in tensors:
+            if name.startswith("network.vit.") and not self.config.finetune_encoder:
+                tensors[name] = tensors[name].bfloat16()
+        return tensors
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "DinoFlowSeg":
+        """Read what `save` wrote, or FlowSeg.save; see FlowSeg.load."""
+        return super().load(path, device).float()
+
+
+def encoder_config(path: str | Path) -> dict[str, int]:
+    """Return the fields of ModelConfig that describe the vision transformer of a file."""
+    vit = load_dinov2(path)
+    return {
+        "vit_width": vit.norm.weight.numel(),
+        "vit_depth": len(vit.blocks),
+        "vit_patch": vit.patch_size,
+        "vit_grid": vit.grid_size,
+        "vit_registers": vit.register_tokens.shape[1],
+    }
+
+
+def load_encoder(network: DinoNetwork, path: str | Path) -> None:
+    """Copy public weights into a network. Raises CheckpointError if they are not of the usual form.
+
+    Weights that stay frozen are rounded to bfloat16, as a checkpoint stores them, so that training sees the
+    same features as whoever loads the checkpoint.
+    """
+    weights = load_dinov2(path).state_dict()
+    if faults := tensor_faults(weights, network.vit.state_dict()):
+        raise CheckpointError(f"{path} has another form than ViT-S, B and L ({faults}); use one of these")
+    if not network.config.finetune_encoder:
+        weights = {name: value.bfloat16().float() for name, value in weights.items()}
+    network.vit.load_state_dict(weights)
 
 
 class Alignment(nn.Module):
     """REPA: compare what an MLP predicts from the tokens after a block with the tokens of the teacher.
 
-    The tokens are those of the network's latest pass. In FlowSeg.loss that is the pass at a uniform t, the
-    choice of REPA. A forward hook notes them, so the network does not know about the alignment.
+    The tokens are those of the first pass after an image was read: in FlowSeg.loss the one at t = 0, which
+    all images take. Forward hooks note them, so the network does not know about the alignment.
 
     network: Network. path: public DINOv2 weights. depth: number of blocks before the tokens are taken; all
     of them in a shallower network. weight: factor of this loss in the total.
@@ -173,13 +256,20 @@ class Alignment(nn.Module):
             nn.Linear(width, width),
         ).to(device)
         last = min(depth, len(network.blocks)) - 1
+        self.tokens: Tensor | None = None
+        network.image_encoder.register_forward_hook(self.forget)
         network.blocks[last].register_forward_hook(self.note)
         # By default torch.compile may run a block with a hook by the code of an equal one without.
         torch._dynamo.config.skip_nnmodule_hook_guards = False
 
+    def forget(self, encoder: nn.Module, inputs: tuple, outputs: tuple) -> None:
+        """A new image was read: the next tokens are its first."""
+        self.tokens = None
+
     def note(self, block: nn.Module, inputs: tuple, tokens: Tensor) -> None:
-        """Keep the tokens (B, L, D) that the block has just returned."""
-        self.tokens = tokens
+        """Keep the tokens (B, L, D) that the block has just returned, unless there are some of this image."""
+        if self.tokens is None:
+            self.tokens = tokens
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the mean of 1 - cosine over the tokens of the image the network has just seen.
@@ -187,6 +277,7 @@ class Alignment(nn.Module):
         image: (B, 3, H, W) in [-1, 1].
         """
         (teacher,) = self.teacher
-        target = teacher(teacher_input(image, self.patch_size, teacher.patch_size)).float()
+        with torch.no_grad():
+            target = teacher(teacher_input(image, self.patch_size, teacher.patch_size)).float()
         predicted = self.projector(self.tokens).float()
         return 1 - F.cosine_similarity(predicted, target, dim=-1).mean()

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import FlowSeg, ModelConfig
+from flowseg_tools.dinov2 import DinoFlowSeg
+from model import ModelConfig
 
 H100_TFLOPS = 989  # in bfloat16, dense, by its data sheet
 UTILISATION = 0.4  # share of it that training is taken to reach
@@ -16,12 +17,23 @@ SHARE_IN_BFLOAT16 = 0.6  # of the float32 bytes kept for the backward pass: some
 def counted(config: ModelConfig, size: int, activation_checkpointing: bool = False) -> tuple[int, int, int]:
     """Parameters, FLOPs of a training step of one image, and bytes that it keeps for the backward pass.
 
+    Second states count by their share: between a step without them and one where every image has its own.
+    """
+    parameters, flops, kept = _count_step(replace(config, later_share=0.0), size, activation_checkpointing)
+    _, all_flops, all_kept = _count_step(replace(config, later_share=1.0), size, activation_checkpointing)
+    share = config.later_share
+    return parameters, round(flops + share * (all_flops - flops)), round(kept + share * (all_kept - kept))
+
+
+def _count_step(config: ModelConfig, size: int, activation_checkpointing: bool) -> tuple[int, int, int]:
+    """What `counted` returns, where either no image has a second state or every one.
+
     FLOPs are those of products and convolutions in `FlowSeg.loss`, forward and backward. Bytes are of float32
     and leave out attention matrices, which the kernels of a GPU do not keep. Nothing is computed, since
     tensors on the meta device have shapes only.
     """
     with torch.device("meta"):
-        model = FlowSeg(replace(config, encoding="kronecker")).to("meta")  # the words of a code take seconds
+        model = DinoFlowSeg(config).to("meta")
         image = torch.zeros(1, 3, size, size)
         labels = torch.zeros(1, size, size, dtype=torch.int64)
     model.network.activation_checkpointing = activation_checkpointing
@@ -48,7 +60,8 @@ def cost(config, network: ModelConfig, world: int) -> dict:
     """Both configurations and what the run takes on `world` H100 GPUs; config is a TrainConfig.
 
     Memory is 20 bytes a parameter (weights, gradients, two moments and EMA in float32), with bfloat16 2 more
-    for a copy of the weights; and, for every image at a time, what is kept for the backward pass.
+    for a copy of the weights; 12 less for a frozen one, which has neither gradient nor moments; and what is
+    kept for the backward pass of every image at a time.
     """
     parameters, flops, kept = counted(network, config.crop_size, config.activation_checkpointing)
     images = config.batch_size // world // config.grad_accum_steps
@@ -57,7 +70,9 @@ def cost(config, network: ModelConfig, world: int) -> dict:
     if config.dtype != "float32":
         bytes_each = 22
         share = SHARE_IN_BFLOAT16
-    fixed = bytes_each * parameters / 1e9
+    with torch.device("meta"):
+        frozen = sum(p.numel() for p in DinoFlowSeg(network).parameters() if not p.requires_grad)
+    fixed = (bytes_each * parameters - 12 * frozen) / 1e9
     grows = images * share * kept / 1e9
     tera = config.batch_size * flops / 1e12
     hours = config.max_steps * tera / (UTILISATION * H100_TFLOPS) / 3600

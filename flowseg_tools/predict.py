@@ -5,7 +5,10 @@ third one. The probabilities (1, N, h, w) are by far the largest thing here. The
 resized in bands of rows, so that nothing else is as large.
 """
 
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +19,10 @@ from torch import Tensor
 from model import FlowSeg
 
 Mode = Literal["whole", "slide"]
+T = TypeVar("T")
 
 MAX_RATIO = 4  # a long side is at most this many short sides, as 2048 and 512 in the usual protocol
-BAND_VALUES = 2**23  # probabilities in a resized band: 32 MiB
+BAND_VALUES = 2**23  # probabilities in a band of rows: 32 MiB
 
 
 def to_input(photo: Image.Image, short_side: int) -> Tensor:
@@ -79,21 +83,30 @@ def assign_photo(
     p = image.new_zeros(1, model.config.num_classes, height, width)
     for rows, columns, x in views:
         window = p[..., rows, columns]
-        for i in range(x.shape[2]):
-            row = slice(i, i + 1)
-            window[:, :, row] += model.soft_assignment(x[:, :, row])
+        band_height = _band_height(p.device, model.config.num_classes * x.shape[3])
+        for top in range(0, x.shape[2], band_height):
+            band = slice(top, top + band_height)
+            window[:, :, band] += model.soft_assignment(x[:, :, band])
     return p.div_(p.sum(1, keepdim=True))
+
+
+def _band_height(device: torch.device, values_per_row: int) -> int:
+    """Rows whose soft assignment is computed at a time: a GPU needs few and large products.
+
+    A CPU takes a single row, which fits its cache. The last bits of a product depend on its size.
+    """
+    return 1 if device.type == "cpu" else max(1, BAND_VALUES // values_per_row)
 
 
 @torch.no_grad()
 def decode(p: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The most probable class (B, H, W) int16 and its probability (B, H, W) at `size` = (H, W).
+    """The most probable class (B, H, W) uint8 and its probability (B, H, W) at `size` = (H, W).
 
     p: (B, N, h, w). It is resized bilinearly, in bands of rows.
     """
     H, W = size
     B, N = p.shape[:2]
-    labels = torch.empty(B, H, W, dtype=torch.int16, device=p.device)
+    labels = torch.empty(B, H, W, dtype=torch.uint8, device=p.device)
     confidence = torch.empty(B, H, W, device=p.device)
     centres_x = _pixel_centres(W, p.device)
     centres_y = _pixel_centres(H, p.device)
@@ -103,7 +116,7 @@ def decode(p: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         grid = grid.expand(B, -1, -1, -1)  # (B, rows, W, 2)
         band = F.grid_sample(p, grid, padding_mode="border", align_corners=False)  # (B, N, rows, W)
         confidence[:, rows], best = band.max(1)
-        labels[:, rows] = best.short()
+        labels[:, rows] = best.byte()
     return labels, confidence
 
 
@@ -130,4 +143,16 @@ def segment_photo(
         steps = model.config.steps
     p = assign_photo(model, photo, short_side, steps, mode, flip)
     labels, confidence = decode(p, photo.size[::-1])
-    return labels[0].byte().cpu().numpy(), confidence[0].cpu().numpy()
+    return labels[0].cpu().numpy(), confidence[0].cpu().numpy()
+
+
+def read_ahead(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:
+    """Yield read(index) of all indices in order, while another thread already reads the next one."""
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(1) as pool:
+        for index in indices:
+            waiting.append(pool.submit(read, index))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mode
+from zipfile import ZipFile
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from model import CheckpointError, FlowSeg, ModelConfig, Network, tensor_faults
 PUBLIC_NAMES = tomllib.loads((Path(__file__).parent / "tables/pixnerd.toml").read_text(encoding="utf-8"))
 EMA = "ema_denoiser."
 # What else a public checkpoint holds: the raw weights that the EMA follows, and what trained them.
+IMAGE_PATH = ("image_", "token_to_velocity", "vit.")  # what PixNerd does not have
 SKIPPED = ("denoiser.", "diffusion_trainer.")
 # A valid size where no tensor tells one: the comparison of names then says which tensors are missing.
 UNKNOWN_SIZE = 4
@@ -35,7 +37,12 @@ def public_file(path: str | Path, kind: str) -> Iterator[dict]:
 
     kind: what the file should be, for the message.
     """
+    if not Path(path).is_file():  # a pipe or a device is not opened
+        raise CheckpointError(f"{path} is no regular file; expected a {kind}: see `flowseg download`")
     try:
+        # Both are zip archives of uncompressed records. Others could be unpacked to any size.
+        with ZipFile(path) as archive:
+            require_bytes("records", sum(record.file_size for record in archive.infolist()), path)
         yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # foreign bytes make torch.load raise anything at all
         # PyTorch puts the reason behind this label, and behind the reason advice to switch the safety off.
@@ -43,6 +50,29 @@ def public_file(path: str | Path, kind: str) -> Iterator[dict]:
         reason = text.strip().splitlines()[0].split(". ")[0]
         message = f"{path} is no {kind}, or damaged ({reason}); download it again"
         raise CheckpointError(message) from error
+
+
+def stored_tensors(state: dict, path: str | Path) -> dict[str, Tensor]:
+    """Return `state` if it is what a small file can hold; ValueError names what is not.
+
+    A file of a few bytes can describe tensors that repeat a number a billion times.
+    """
+    total = 0
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(f"{name} is no tensor of floating-point numbers")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(f"{name} has {tuple(value.shape)} numbers, more than are stored")
+        total += value.nbytes
+    require_bytes("tensors", total, path)
+    return state
+
+
+def require_bytes(kind: str, total: int, path: str | Path) -> None:
+    """Raise ValueError if a file says that it holds more bytes than it has."""
+    size = Path(path).stat().st_size
+    if total > size:
+        raise ValueError(f"its {kind} take {total:,} bytes, more than the file has")
 
 
 def import_pixnerd(path: str | Path) -> FlowSeg:
@@ -61,7 +91,7 @@ def start_from(model: FlowSeg, path: str | Path) -> None:
     The classes may differ. Raises CheckpointError if the networks do not fit.
     """
     path = Path(path)
-    source = FlowSeg.load(path) if path.suffix == ".safetensors" else import_pixnerd(path)
+    source = type(model).load(path) if path.suffix == ".safetensors" else import_pixnerd(path)
     weights = widened(source.network, model.network)
     if faults := tensor_faults(weights, model.network.state_dict()):
         raise CheckpointError(f"{path} has another network ({faults}); match --preset")
@@ -76,6 +106,7 @@ def read_pixnerd(path: str | Path) -> Network:
     with public_file(path, "PixNerd checkpoint") as file:
         state = file["state_dict"]
         found = {name: value for name, value in state.items() if not name.startswith(SKIPPED)}
+        stored_tensors(found, path)
         config = pixnerd_config({name: value.shape for name, value in found.items()})
         with torch.device("meta"):  # shapes without values
             network = Network(config)
@@ -84,7 +115,7 @@ def read_pixnerd(path: str | Path) -> Network:
         # Every tensor of the file must be one of ours, and every one of ours but the image path in the file.
         public = {}
         for name in ours:
-            if not name.startswith("image_to"):
+            if not name.startswith(IMAGE_PATH):
                 public[name] = pixnerd_name(name, config.depth)
         expected = {public[name]: ours[name] for name in public}
         table = public["null_class"]
@@ -121,8 +152,8 @@ def pixnerd_config(shapes: dict[str, torch.Size]) -> ModelConfig:
     nerf_width = most_frequent(shapes, r"x_embedder|final_layer\.norm")
     return ModelConfig(
         num_classes=2,
+        encoding="kronecker",
         encoding_dims=3,
-        conv_width=0,
         patch_size=math.isqrt(most_frequent(shapes, r"s_embedder\.proj\.weight", axis=1) // 3),
         hidden_size=hidden_size,
         depth=count_blocks(shapes, "attn"),
@@ -154,8 +185,8 @@ def widened(source: Network, target: Network) -> dict[str, Tensor]:
     """
     weights = source.state_dict()
     own = target.state_dict()
-    image_maps = [value for name, value in weights.items() if name.startswith("image_to")]
-    if any(value.any() for value in image_maps):
+    image_path = [value for name, value in weights.items() if name.startswith(IMAGE_PATH)]
+    if any(value.any() for value in image_path):
         return weights
 
     # State channels are the first columns of what reads the state, and the rows of what writes it.
@@ -170,8 +201,8 @@ def widened(source: Network, target: Network) -> dict[str, Tensor]:
 
     # The image encoder keeps its random start; the maps that let it act are zero.
     for name, value in own.items():
-        if name.startswith("image_to"):
-            weights[name] = torch.zeros_like(value)
-        elif name.startswith("image_encoder"):
+        if name.startswith(("image_encoder", "vit.")):
             weights[name] = value
+        elif name.startswith(IMAGE_PATH):
+            weights[name] = torch.zeros_like(value)
     return weights

@@ -3,14 +3,17 @@
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
-from data import evenly_spaced
+from data import PictureError, evenly_spaced
 from flowseg_tools import draw
-from flowseg_tools.predict import segment_photo
+from flowseg_tools.predict import segment_photo, to_input
 from flowseg_tools.runs import RunError, environment, replace_text
+from model import FlowSeg, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
 NUM_PREVIEWS = 4  # validation images in preview.png
@@ -48,6 +51,15 @@ class Log:
                 self.console.print(f"warning: {self.path}: {error}; training goes on", style="yellow")
             self.failed = True
 
+    def lines(self) -> list[dict]:
+        """What was logged until now."""
+        found = []
+        with suppress(OSError):
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, RecursionError):
+                    found.append(json.loads(line))
+        return found
+
     def rewind(self, step: int, validated: int) -> None:
         """Drop what was logged after the state that a run continues from: it will be logged again."""
         if not self.path.exists():
@@ -70,38 +82,64 @@ def introduce(run, origin: str | Path) -> None:
     network = run.model.config
     millions = sum(parameter.numel() for parameter in run.ema.parameters()) / 1e6
     bits = "bfloat16" if run.bfloat16 else "float32"
+    states = f"{network.encoding} centroids in {network.encoding_dims} dimensions"
+    teacher = f", aligned with {config.teacher}" if config.teacher else ""
     for line in (
         f"data: {run.data.name}, {len(run.data):,} training images, {network.num_classes} classes",
         f"network: preset {config.preset}, {millions:.1f} M parameters, {bits}, from {origin}",
-        f"flow: {network.objective}, {network.encoding} centroids in {network.encoding_dims} dimensions",
+        f"flow: {network.objective}, {states}{teacher}",
         f"run: {run.folder}, {config.max_steps:,} steps of {config.batch_size} images on "
         f"{run.world} x {run.device}",
     ):
         run.console.print(line)
 
 
-def write_weights(run, scores: dict[str, float] | None = None, protocol: dict | None = None) -> None:
-    """Write the EMA weights of a train.Run as `last`, with scores also a preview and, at its best, `best`."""
+def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
+    """Write the EMA weights of a train.Run as `last`, with metrics also pictures and, at its best, `best`."""
     config = run.config
+    scores = metrics.scores if metrics else {}
     table = run.data.labels
+    made_with = environment()
+    if config.encoder:
+        made_with["encoder"] = Path(config.encoder).name
     facts = {
-        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "dataset": config.dataset,
-        "root": config.root, "crop_size": config.crop_size, "step": run.step,
-        "protocol": protocol or {}, "environment": environment(), **(scores or {}),
+        "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "colors": table.colors,
+        "clear": table.clear, "dataset": config.dataset, "root": config.root,
+        "crop_size": config.crop_size, "step": run.step, "protocol": protocol or {},
+        "environment": made_with, **scores,
     }  # fmt: skip
     run.ema.save(run.folder / "last.safetensors", **facts)
-    if scores is None:
+    if metrics is None:
         return
     if scores["mIoU"] > run.best:
         run.ema.save(run.folder / "best.safetensors", **facts)
     rows = []
+    distances = []
+    notes = []
     for i in evenly_spaced(len(run.held_out), NUM_PREVIEWS):
         photo, truth = run.held_out[i]
         prediction, _ = segment_photo(run.ema, photo, config.crop_size)
         rows.append((photo, truth, prediction))
-    palette = draw.palette(run.ema.centroids.cpu().numpy())
-    draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette))
-    run.log.write(run.step, **scores)
+        end = run.ema.sample(to_input(photo, config.crop_size).to(run.device))
+        distances.append(crispness(run.ema, end))
+        iou = metrics.images.get(i, math.nan)
+        notes.append("" if math.isnan(iou) else f"IoU {iou:.0%}")
+    run.log.write(run.step, **scores, crispness=sum(distances) / len(distances))
+    title = f"step {run.step:,}: validation mIoU {scores['mIoU']:.1%}"
+    palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
+    try:
+        draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
+        if lines := run.log.lines():
+            draw.save(run.folder / "curves.png", draw.training_curves(lines))
+    except PictureError as error:
+        run.console.print(f"warning: {error}; training goes on", style="yellow")
+
+
+def crispness(model: FlowSeg, x: Tensor) -> float:
+    """How far the states x (B, dims, H, W) are from a mask painted in centroids: the mean distance of a pixel
+    to the nearest centroid, in units of the least distance between two centroids. 0 is a mask."""
+    d, _ = squared_distances(x.movedim(1, -1).flatten(0, 2), model.centroids)
+    return float((d.amin(0) / least_spacing(model.centroids)).sqrt().mean())
 
 
 def scores_of(metrics, classes: Iterable[str]) -> dict:

@@ -4,7 +4,7 @@
     metrics.jsonl           a line for every report
     last, best.safetensors  EMA weights, which other commands read
     state.safetensors       all that the next training step depends on; previous.safetensors: the state before
-    preview.png             a few validation images
+    preview.png, curves.png a few validation images; loss, mIoU and learning rate
 
 Weights and states are written whole or not at all.
 """
@@ -195,6 +195,8 @@ def load_state(
             parameter = parameters[name]
             if value.ndim and value.shape != parameter.shape:
                 raise RuntimeError(f"{key} is {tuple(value.shape)}, expected {tuple(parameter.shape)}")
+            if (kind == "momentum") != ("momentum" in owners[parameter].defaults):
+                raise RuntimeError(f"{key} is of another optimizer")
             owners[parameter].state[parameter][kind] = value.to(parameter.device)
         whole.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:  # settings that --allow-changes let through

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from data import nearest, open_dataset
+from flowseg_tools.dinov2 import encoder_config
 from flowseg_tools.runs import RunError
 from model import ModelConfig
 
@@ -20,14 +21,13 @@ def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
     kinds = {field.name: type(field.default) for field in (*fields(ModelConfig), *fields(kind))}
     del kinds["num_classes"]  # the data set decides
     chosen = merge(given, settings, kinds, kind.preset)
+    if chosen.get("encoder"):
+        chosen |= encoder_config(chosen["encoder"])
     try:
         config = kind(**{name: chosen[name] for name in chosen if hasattr(kind, name)})
         data = open_dataset(config.dataset, "training", config.root, strict=False)  # for its label table
-        network = {"num_classes": len(data.labels.classes)}
-        if network["num_classes"] > 32:  # measured at 11, 14 and 112 classes: docs/RESULTS.md
-            network |= {"encoding": "coded", "encoding_dims": 19}
-        network |= {name: chosen[name] for name in chosen if hasattr(ModelConfig, name)}
-        model_config = ModelConfig(**network)
+        network = {name: chosen[name] for name in chosen if hasattr(ModelConfig, name)}
+        model_config = ModelConfig(num_classes=len(data.labels.classes), **network)
     except ValueError as error:
         raise RunError(str(error)) from error
 

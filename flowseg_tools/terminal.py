@@ -16,10 +16,12 @@ class Steady:
     """A stream whose failures never end the work: a full disk, a closed terminal, a reader that has gone."""
 
     def __init__(self, stream):
+        if stream is None:  # it was closed before we began
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         self._stream = stream
         self.error: Exception | None = None
         with suppress(AttributeError):  # a stream in memory encodes nothing
-            stream.reconfigure(errors="backslashreplace")  # a name that it cannot encode is shown escaped
+            stream.reconfigure(errors="backslashreplace")  # what it cannot encode is shown escaped
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
@@ -48,6 +50,11 @@ class Steady:
         return self.error is not None and not isinstance(self.error, BrokenPipeError)
 
 
+def printable(text: object) -> str:
+    """A text whose control characters are escaped, since it may quote a file or a server."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+
+
 def describe_error(error: Exception) -> tuple[str, int]:
     """One line and the exit code of an error."""
     code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else 1)
@@ -68,4 +75,4 @@ def describe_error(error: Exception) -> tuple[str, int]:
     process = ""
     if "RANK" in os.environ:  # of torchrun
         process = f"process {os.environ['RANK']}: "
-    return f"error: {process}{' '.join(text.split())}", code
+    return printable(f"error: {process}{' '.join(text.split())}"), code

@@ -1,6 +1,7 @@
 """The evidence runner: rows train once, baselines learn, table and curves show what was measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ import torch.nn.functional as F
 from data import ShapesDataset
 from experiments import ablate
 from experiments.baselines import CrossEntropy, Golden, UNet, Unmasked
-from model import IGNORE, FlowSeg, ModelConfig
+from model import IGNORE, FlowSeg, ModelConfig, least_spacing
 
 TINY = ModelConfig(
     num_classes=5, patch_size=4, hidden_size=32, depth=1, num_heads=2, nerf_width=8, conv_width=8,
-    encoding_dims=5,
+    encoding_dims=6,
 )  # fmt: skip
 
 
@@ -31,6 +32,7 @@ def test_cross_entropy_trains_the_logits_that_one_step_ends_in(kind):
     model = kind(TINY)
     image, labels = batch()
     logits = model.sample(image, steps=1)
+    assert logits.shape == (2, 5, 16, 16)
     first = model.loss(image, labels)[0].item()
     assert first == pytest.approx(F.cross_entropy(logits, labels, ignore_index=IGNORE).item(), abs=1e-5)
     assert torch.equal(model.segment(image, 1), logits.argmax(1))
@@ -40,6 +42,31 @@ def test_cross_entropy_trains_the_logits_that_one_step_ends_in(kind):
         model.loss(image, labels)[0].backward()
         optimizer.step()
     assert model.loss(image, labels)[0].item() < 0.7 * first
+
+
+@pytest.mark.parametrize("kind", [CrossEntropy, UNet])
+@pytest.mark.parametrize("num_classes", [2, 3, 171, 255])
+def test_cross_entropy_has_a_logit_for_each_of_any_number_of_classes(kind, num_classes):
+    torch.manual_seed(0)
+    model = kind(replace(TINY, num_classes=num_classes, encoding_dims=11))
+    image, _ = batch()
+    labels = torch.full((2, 16, 16), num_classes - 1)
+    loss, _ = model.loss(image, labels, count=torch.tensor(512))
+    loss.backward()
+    p = model.soft_assignment(model.sample(image))
+    assert p.shape == (2, num_classes, 16, 16)
+    assert torch.allclose(p.sum(1), torch.ones(2, 16, 16))
+    assert loss.item() == pytest.approx(-p[:, -1].log().mean().item(), rel=1e-4)
+    assert model.segment(image).max() < num_classes
+
+
+def test_a_unet_aims_at_the_same_logits_after_any_number_of_steps():
+    model = UNet(TINY)
+    image, _ = batch()
+    logits = model.network.encode_image(image)
+    for steps in (1, 3):
+        assert torch.allclose(model.sample(image, steps), logits, atol=1e-5)
+    assert model.segment(image[..., :13, :9]).shape == (2, 13, 9)
 
 
 def test_unmasked_trains_ignored_pixels_and_the_default_does_not():
@@ -67,6 +94,7 @@ def test_every_baseline_trains_segments_and_comes_back_from_its_file(kind, tmp_p
     model.save(tmp_path / "weights.safetensors")
     loaded = kind.load(tmp_path / "weights.safetensors")
     assert torch.equal(loaded.centroids, model.centroids)
+    assert loaded.eps == model.eps
     assert torch.equal(loaded.segment(image, 2), model.eval().segment(image, 2))
     p = model.soft_assignment(model.sample(image, 1))
     assert torch.allclose(p.sum(1), torch.ones(2, 16, 16))
@@ -76,10 +104,11 @@ def test_golden_centroids_are_their_own():
     centroids = Golden(TINY).centroids
     assert centroids.shape == FlowSeg(TINY).centroids.shape
     assert not torch.equal(centroids, FlowSeg(TINY).centroids)
+    assert Golden(TINY).eps == pytest.approx(TINY.eps * least_spacing(centroids))
 
 
 def test_a_table_is_made_once_and_again_without_training(tmp_path, monkeypatch, capsys):
-    rows = ["default", "kind=UNet", "objective=vanilla encoding_dims=3"]
+    rows = ["default", "kind=UNet", "objective=vanilla encoding_dims=11"]
     settings = {
         "row": rows, "seeds": 2, "steps": [1, 2], "max_steps": 2, "crop_size": 16, "out": tmp_path,
         "split": "validation",
@@ -98,7 +127,7 @@ def test_a_table_is_made_once_and_again_without_training(tmp_path, monkeypatch, 
     assert len(calls) == 6
     assert text.count("±") == 8
     assert [line.split("|")[1].strip() for line in text.splitlines()[2:]] == rows
-    assert calls[4][1].encoding_dims == 3
+    assert calls[4][1].encoding_dims == 11
     assert calls[4][1].objective == "vanilla"
     assert calls[2][5] is UNet
     assert calls[0][0].crop_size == 16
@@ -128,8 +157,9 @@ def test_the_table_gives_mean_and_standard_deviation_over_the_seeds():
 
 def test_every_row_of_the_default_table_is_a_valid_configuration():
     for row in ablate.ROWS:
-        _, settings = ablate.parse_row(row)
-        ablate.training.resolve({"dataset": "shapes"}, settings)
+        kind, settings = ablate.parse_row(row)
+        kind(ablate.training.resolve({"dataset": "shapes"}, settings)[1])
+    assert len(set(ablate.ROWS)) == len(ablate.ROWS)
 
 
 def test_a_row_is_a_kind_and_the_fields_that_differ():

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -30,7 +29,8 @@ from tests.test_cli import fails, flowseg
 
 ROOT = Path(__file__).parent.parent
 BYTES = np.random.default_rng(0).bytes(400_000)
-PLACES = ["ade20k", "coco-stuff", "camvid", "pixnerd-xl-256", "pixnerd-xl-512", "dinov2-b14"]
+PLACES = ["ade20k", "coco-stuff", "camvid", "pixnerd-xl-256", "pixnerd-xl-512"]
+PLACES += ["dinov2-s14", "dinov2-s14-reg", "dinov2-b14", "dinov2-b14-reg", "dinov2-l14", "dinov2-l14-reg"]
 
 
 # ---- a server that misbehaves on request, and a root with small things to get from it ----
@@ -44,6 +44,9 @@ class Handler(BaseHTTPRequestHandler):
         server.asked.append((self.path, sent.get("Range")))
         if server.codes:
             return self.send_error(server.codes.pop(0))
+        if self.path in server.raw:
+            self.close_connection = True
+            return self.wfile.write(server.raw[self.path])
         if self.path in server.moved:
             self.send_response(302)
             self.send_header("Location", server.moved[self.path])
@@ -53,11 +56,11 @@ class Handler(BaseHTTPRequestHandler):
         body, start = server.files[self.path], 0
         names = {"ETag": server.etag, "Last-Modified": server.date}
         if "Range" in sent and server.ranges and (server.careless or sent.get("If-Range") in names.values()):
-            start = int(re.fullmatch(r"bytes=(\d+)-", sent["Range"])[1])
+            start = int(re.fullmatch(r"bytes=(\d+)-", sent["Range"])[1]) + server.shift
             if start >= len(body):
                 return self.send_error(416)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            self.send_header("Content-Range", server.span.format(start, len(body) - 1, len(body)))
         else:
             self.send_response(200)
         for name, value in names.items():
@@ -93,6 +96,7 @@ def server():
     httpd.files, httpd.moved, httpd.codes, httpd.cuts, httpd.asked = {}, {}, [], [], []
     httpd.etag, httpd.date, httpd.kind = '"one"', "Mon, 01 Jan 2024 00:00:00 GMT", "application/octet-stream"
     httpd.ranges, httpd.length, httpd.careless, httpd.sent, httpd.pause = True, True, False, 0, 0
+    httpd.raw, httpd.shift, httpd.span = {}, 0, "bytes {}-{}/{}"
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
     thread.start()
     yield httpd
@@ -142,21 +146,27 @@ def here(server, tmp_path, monkeypatch):
     server.files = {"/weights": BYTES, "/ade.zip": packed(ADE)}
     server.files |= {f"/{name}": packed(members) for name, members in COCO.items()}
     small = tomllib.loads(download.TABLE.read_text())
-    for rows in small.values():
-        for row in rows:
+    for entry in small.values():
+        for row in entry["files"]:
             row["url"] = f"{server.url}/{row['file']}"
             row["size"] = 4000
             for line in row.get("folders", []):
                 line[2] = 3 if "train" in line[1] else 2
             if row.pop("digest", None) and f"/{row['file']}" in server.files:
                 row["digest"] = f"sha256 {hashlib.sha256(server.files['/' + row['file']]).hexdigest()}"
-    small["dinov2-b14"][0] |= {"url": f"{server.url}/weights", "digest": f"sha256 {weights}", "size": 400_000}
-    small["ade20k"][0]["url"] = f"{server.url}/ade.zip"
-    small["ade20k"][0]["digest"] = f"md5 {hashlib.md5(server.files['/ade.zip']).hexdigest()}"
+    small["dinov2-b14"]["files"][0] |= {
+        "url": f"{server.url}/weights",
+        "digest": f"sha256 {weights}",
+        "size": 400_000,
+    }
+    small["ade20k"]["files"][0]["url"] = f"{server.url}/ade.zip"
+    small["ade20k"]["files"][0]["digest"] = f"md5 {hashlib.md5(server.files['/ade.zip']).hexdigest()}"
     lines = []
-    for name, rows in small.items():
+    for name, entry in small.items():
+        rows = entry.pop("files")
+        lines += [f"[{name}]"] + [f"{key} = {json.dumps(value)}" for key, value in entry.items()]
         for row in rows:
-            lines += [f"[[{name}]]"] + [f"{key} = {json.dumps(value)}" for key, value in row.items()]
+            lines += [f"[[{name}.files]]"] + [f"{key} = {json.dumps(value)}" for key, value in row.items()]
     table = tmp_path / "small.toml"
     table.write_text("\n".join(lines))
     monkeypatch.setattr(download, "TABLE", table)
@@ -192,7 +202,7 @@ def test_a_data_set_opens_after_its_download_and_the_second_run_does_nothing(her
         assert len(data) == count and problems(data)[1] == [] and data[0][1][0, 0] == 2
     # Only what is needed is there, and nothing is left of the archive.
     assert {name.split("/")[0] for name in tree(home)} == {"images", "annotations", ".complete"}
-    assert tree(here.root) - {f"ade20k/{name}" for name in tree(home)} == {".ade20k.lock"}
+    assert tree(here.root) == {f"ade20k/{name}" for name in tree(home)}
     before = tree(here.root)
     assert works(here.run("ade20k")).stdout == f"{home} is complete\n"
     assert tree(here.root) == before and len(here.server.asked) == 1
@@ -309,6 +319,7 @@ def test_a_server_that_dies_leaves_what_came_and_the_next_run_takes_the_rest(her
     fails(here.run("dinov2-b14"), 4, "240,000 of 400,000 bytes", "the same command continues")
     assert part(here).stat().st_size == 240_000 and not (here.root / "weights").exists()
     facts = json.loads(part(here).with_suffix(".json").read_text())
+    assert facts.pop("url") == f"{here.server.url}/weights"
     assert facts == {"ETag": '"one"', "Last-Modified": here.server.date, "length": "400000"}
     works(here.run("dinov2-b14"))
     assert here.server.asked[-1] == ("/weights", "bytes=240000-") and here.server.sent == len(BYTES)
@@ -390,10 +401,12 @@ def test_a_process_killed_after_the_last_byte_asks_for_nothing(here):
     assert len(here.server.asked) == before
 
 
-def test_a_damaged_side_file_starts_again(here):
+@pytest.mark.parametrize("text", ['{"ETa', "[" * 100_000, "[]", '{"ETag": 3, "length": [1]}', "\xff\0"])
+def test_a_damaged_side_file_starts_again(here, text):
     here.server.cuts = [240_000, 0, 0, 0, 0]
     fails(here.run("dinov2-b14"), 4, "400,000")
-    part(here).with_suffix(".json").write_text('{"ETa')
+    part(here).with_suffix(".json").write_text(text, encoding="latin-1")
+    (part(here).parent / ".complete").write_bytes(b"\xff\0 nothing\n")
     works(here.run("dinov2-b14"))
     assert here.server.asked[-1][1] is None
 
@@ -475,7 +488,7 @@ def test_a_web_page_is_no_archive_and_costs_nothing_that_has_come(here, kind):
     fails(here.run("dinov2-b14"), 4, "400,000")
     here.server.files["/weights"], here.server.kind = b"\n <!DOCTYPE html>Please log in", kind
     here.server.etag = '"page"'
-    fails(here.run("dinov2-b14"), 4, "/weights: a web page", "--from")
+    fails(here.run("dinov2-b14"), 4, "/weights: a text or web page", "--from")
     assert part(here).stat().st_size == 240_000
     left(here, "dinov2-b14")
 
@@ -513,13 +526,12 @@ def test_a_disk_that_fills_on_the_way_keeps_what_has_come(here):
 
 
 def test_a_second_download_at_the_same_time_is_refused(here):
-    here.root.mkdir()
-    lock = sqlite3.connect(here.root / ".ade20k.lock")
-    lock.execute("BEGIN EXCLUSIVE")
-    fails(here.run("ade20k"), 4, "another process", "wait")
-    assert not here.server.asked
-    works(here.run("dinov2-b14"))  # another one
-    lock.close()
+    work = here.root / ".ade20k.part"
+    work.mkdir(parents=True)
+    with download.locked(work):
+        fails(here.run("ade20k"), 4, str(work), "another process", "wait")
+        assert not here.server.asked
+        works(here.run("dinov2-b14"))  # another one
     works(here.run("ade20k"))
 
 
@@ -580,22 +592,264 @@ def test_hidden_files_and_other_folders_of_an_archive_stay_there(here):
     assert len(tree(here.root / "coco-stuff/annotations")) == 5
 
 
+# ---- what a server must not be believed ----
+
+
+def reply(status="200 OK", body=BYTES, **headers):
+    """The bytes of an answer; underscores in the names of headers stand for hyphens."""
+    lines = [f"HTTP/1.1 {status}"] + [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+NO_FILE = {
+    "empty": reply(Content_Length=0, body=b""),
+    "nothing at all": reply(Transfer_Encoding="chunked", body=b"0\r\n\r\n"),
+    "no content": reply("204 No Content", b""),
+    "other status": reply("203 Non-Authoritative", Content_Length=400_000),
+    "json": reply(body=b'{"error": "gone"}', Content_Length=17),
+    "json by its type": reply(Content_Type="application/json", Content_Length=400_000),
+    "text": reply(body=b"version https://git-lfs", Content_Length=23),
+    "gzip": reply(body=b"\x1f\x8b" + BYTES, Content_Length=400_002),
+    "encoded": reply(Content_Encoding="br", Content_Length=400_000),
+    "no length": reply(),  # a cut could not be told from the end
+    "length of letters": reply(Content_Length="many"),
+    "negative length": reply(Content_Length=-4),
+    "two lengths": reply(Content_Length="400000, 5"),
+    "rest of nothing": reply("206 Partial Content", Content_Range="bytes 0-399999/400000"),
+    "part of what": reply("206 Partial Content", Content_Range="bytes */*"),
+    "no protocol": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "too long": reply(Content_Length=10**15),
+    "endless": reply(Transfer_Encoding="chunked", body=b"5000000\r\n" + BYTES),
+}
+
+
+@pytest.mark.parametrize("kind", NO_FILE)
+def test_an_answer_that_is_no_file_is_one_line_and_never_complete(here, kind):
+    here.server.raw["/pixnerd-xl-256.ckpt"] = NO_FILE[kind]
+    address = f"{here.server.url}/pixnerd-xl-256.ckpt"
+    fails(here.run("pixnerd-xl-256", "--max-bytes", 300_000_000), 4, address)
+    left(here, "pixnerd-xl-256")
+
+
+@pytest.mark.parametrize("wrong", ["start", "total", "form", "always"])
+def test_a_rest_that_does_not_continue_the_file_is_not_appended(here, wrong):
+    here.server.cuts = [240_000]
+    here.server.shift = -1 if wrong in ("start", "always") else 0
+    here.server.span = {"total": "bytes {0}-{1}/400001", "form": "{0}"}.get(wrong, here.server.span)
+    works(here.run("dinov2-b14"))  # once more, and from the beginning
+    assert [asked for _, asked in here.server.asked] == [None, "bytes=240000-", None]
+    assert (here.root / "weights/dinov2-b14.pth").read_bytes() == BYTES
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_mirror_continues_a_file_only_if_a_digest_will_tell(here, pinned):
+    other = BYTES[:100] + BYTES[::-1]  # as long, with the same tag and date
+    here.server.files |= {"/a": BYTES, "/b": BYTES if pinned else other[:400_000]}
+    here.server.cuts = [240_000, 0, 0, 0, 0]
+    pin = ("--sha256", hashlib.sha256(BYTES).hexdigest()) if pinned else ()
+    fails(here.run("pixnerd-xl-256", "--from", f"{here.server.url}/a", *pin), 4, "240,000 of 400,000")
+    works(here.run("pixnerd-xl-256", "--from", f"{here.server.url}/b", *pin))
+    assert here.server.asked[-1] == ("/b", "bytes=240000-" if pinned else None)
+    assert (here.root / "weights/pixnerd-xl-256.ckpt").read_bytes() == here.server.files["/b"]
+
+
+def test_a_server_that_begins_again_for_ever_is_given_up(here):
+    here.server.etag, here.server.date, here.server.cuts = None, None, [200_000] * 50
+    fails(here.run("dinov2-b14"), 4, "closed after 200,000 of 400,000 bytes")
+    assert len(here.server.asked) == 5
+
+
+def test_a_file_larger_than_published_or_allowed_is_refused(here):
+    here.server.files["/weights"] = bytes(5_000_000)
+    fails(here.run("dinov2-b14"), 4, "/weights", "5.0 MB", "--max-bytes 5000000")
+    assert here.server.sent < 5_000_000
+    here.server.length = False
+    fails(here.run("dinov2-b14"), 4, "--max-bytes")
+    pin = hashlib.sha256(here.server.files["/weights"]).hexdigest()
+    works(here.run("dinov2-b14", "--max-bytes", 5_000_000, "--sha256", pin))
+
+
+@pytest.mark.parametrize("address", ["ftp://127.0.0.1/w", "file:///etc/passwd", "data:,hello", "//[", "/old"])
+def test_redirects_lead_to_web_addresses_only(here, address):
+    here.server.moved = {"/old": address}
+    fails(here.run("dinov2-b14", "--from", f"{here.server.url}/old"), 4, "/old")
+    assert len(here.server.asked) <= 11
+
+
+ADDRESSES = ["http://[::1", "http://a.b:port/w", "http://127.0.0.1:9/a b", "http://ä..b/w", "http:///w"]
+ADDRESSES += ["http://127.0.0.1:99999/w", "http://127.0.0.1:9/ä"]
+
+
+@pytest.mark.parametrize("place", ADDRESSES)
+def test_an_address_without_sense_is_one_line(here, place):
+    fails(here.run("dinov2-b14", "--from", place), 4, place)
+
+
+def test_control_characters_of_a_server_are_shown_escaped(here):
+    here.server.raw["/ade.zip"] = reply("404 \x1b[31mGone\x07", b"")
+    result = here.run("ade20k")
+    fails(result, 4, "\\x1b[31mGone")
+    assert "\x1b" not in result.stderr and "\x07" not in result.stderr
+
+
+def test_equal_names_from_two_folders_of_an_archive_are_refused(here):
+    maps = "stuffthingmaps_trainval2017.zip"
+    twice = folder("stuffthingmaps/train2017", 2, MASK, "png") | {"other/train2017/p1.png": MASK}
+    here.server.files[f"/{maps}"] = packed(twice | folder("stuffthingmaps/val2017", 2, MASK, "png"))
+    fails(here.run("coco-stuff"), 4, maps, "2 names of 3 pictures in train2017")
+    assert not (here.root / "coco-stuff").exists()
+
+
+def test_names_of_control_characters_are_refused(here):
+    here.server.files["/ade.zip"] = data = packed({**ADE, "a\x1b[2J.jpg": PHOTO})
+    result = here.run("ade20k", "--sha256", hashlib.sha256(data).hexdigest())
+    fails(result, 4, "control characters")
+    assert "\x1b" not in result.stderr
+
+
+def test_other_ways_to_pack_are_refused(here):
+    packing = io.BytesIO()
+    with zipfile.ZipFile(packing, "w", zipfile.ZIP_LZMA) as archive:
+        for name, content in ADE.items():
+            archive.writestr(name, content)
+    here.server.files["/ade.zip"] = packing.getvalue()
+    pin = ("--sha256", hashlib.sha256(packing.getvalue()).hexdigest())
+    fails(here.run("ade20k", *pin), 4, "packed in an unusual way")
+
+
+def test_the_space_for_all_archives_is_looked_at_first(here, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    # Three archives of 4 kB whose pictures take as much, and one archive at a time.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 15_999))
+    fails(here.run("coco-stuff"), 4, "16.0 kB needed")
+    assert not here.server.asked
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 16_001))
+    fails(here.run("coco-stuff", "--keep-archive"), 4, "24.0 kB needed")
+    works(here.run("coco-stuff"))
+
+
+# ---- temporary files ----
+
+
+@pytest.mark.parametrize(
+    "name", ["", "dinov2-b14.pth.part", "dinov2-b14.pth.json", "dinov2-b14.pth", ".complete"]
+)
+@pytest.mark.parametrize("kind", ["link to a file", "link to nothing", "pipe"])
+def test_links_and_pipes_at_temporary_names_are_removed_and_never_followed(here, name, kind):
+    work, victim = here.root / ".dinov2-b14.part", here.path / "victim"
+    here.root.mkdir()
+    if name:
+        work.mkdir()
+    if kind == "pipe":
+        os.mkfifo(work / name)
+    else:
+        if kind == "link to a file":
+            victim.write_bytes(BYTES[:99])
+        (work / name).symlink_to(victim)
+    works(here.run("dinov2-b14"))
+    assert (here.root / "weights/dinov2-b14.pth").read_bytes() == BYTES
+    assert not (here.root / "weights/dinov2-b14.pth").is_symlink()
+    assert tree(here.root) == {"weights/dinov2-b14.pth"}
+    assert victim.exists() == (kind == "link to a file")
+    if victim.exists():
+        assert victim.read_bytes() == BYTES[:99]
+
+
+@pytest.mark.parametrize("place", ["images", "images/training"])
+def test_pictures_are_not_unpacked_through_a_link(here, place):
+    elsewhere = here.path / "elsewhere"
+    elsewhere.mkdir()
+    link = here.root / ".ade20k.part" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    works(here.run("ade20k"))
+    assert not list(elsewhere.iterdir())
+    assert len(open_dataset("ade20k", "training", here.root)) == 3
+
+
+def test_what_a_killed_process_left_half_unpacked_or_half_copied_is_not_kept(here):
+    work = here.root / ".ade20k.part"
+    (work / "images/training").mkdir(parents=True)
+    (work / "images/training/stray.jpg").write_bytes(PHOTO)
+    works(here.run("ade20k"))
+    assert len(open_dataset("ade20k", "training", here.root)) == 3
+
+    # A copy of the user's file that was killed is no file to continue, whatever is asked for then.
+    weights = here.path / "w.bin"
+    weights.write_bytes(BYTES[::-1])
+    killed = (
+        "import flowseg, shutil, os; shutil.copyfile = lambda a, b: (b.write_bytes(b'half'), os._exit(9))"
+    )
+    words = ["download", "pixnerd-xl-256", "--root", str(here.root), "--from", str(weights)]
+    command = [sys.executable, "-c", f"{killed}; flowseg.main()", *words]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 9
+    here.server.files["/pixnerd-xl-256.ckpt"] = BYTES
+    works(here.run("pixnerd-xl-256"))
+    assert (here.root / "weights/pixnerd-xl-256.ckpt").read_bytes() == BYTES
+    assert not [name for name in os.listdir(here.root) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_get_the_mode_that_the_umask_says(here, mask):
+    before = os.umask(mask)
+    try:
+        works(here.run("dinov2-b14"))
+        works(here.run("ade20k"))
+        copy = here.path / "w.bin"
+        copy.write_bytes(BYTES)
+        copy.chmod(0o600)
+        works(here.run("pixnerd-xl-256", "--from", copy))
+    finally:
+        os.umask(before)
+    for name in ("weights/dinov2-b14.pth", "weights/pixnerd-xl-256.ckpt", "ade20k/images/training/p0.jpg"):
+        assert (here.root / name).stat().st_mode & 0o777 == 0o666 & ~mask, name
+    assert (here.root / "ade20k").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "folder"])
+def test_a_source_that_is_no_regular_file_is_refused_and_not_opened(here, place):
+    os.mkfifo(here.path / "pipe")
+    (here.path / "folder").mkdir()
+    fails(here.run("dinov2-b14", "--from", place), 2, place)
+
+
+# ---- the table ----
+
+
+def test_without_a_name_a_table_says_what_there_is_and_what_is_here(here):
+    works(here.run("ade20k"))
+    here.server.cuts = [240_000, 0, 0, 0, 0]
+    fails(here.run("dinov2-b14"), 4, "/weights")
+    here.table.write_text((ROOT / "flowseg_tools/tables/downloads.toml").read_text())
+    rows = {row["name"]: row for row in download.listing(here.root)}
+    assert list(rows) == PLACES
+    assert rows["ade20k"]["here"] == "yes" and rows["coco-stuff"]["here"] == "no"
+    assert rows["dinov2-b14"]["here"] == "in part"
+    assert rows["coco-stuff"]["size"] == "20.8 GB" and rows["dinov2-s14"]["size"] == "unknown"
+    said = works(flowseg("download", "--root", here.root, cwd=here.path)).stdout
+    assert all(name in said and row["terms"] in said for name, row in rows.items())
+
+
+def test_an_unknown_name_is_told_the_nearest(here):
+    fails(here.run("ade"), 2, "ade", "ade20k", "coco-stuff")
+
+
 # ---- the real table ----
 
 
 def test_every_download_is_described_and_offered():
     table = tomllib.loads(download.TABLE.read_text())
     assert list(table) == PLACES
-    help_text = flowseg("download", "--help", cwd=ROOT).stdout
-    for name, rows in table.items():
-        assert name in help_text
-        for row in rows:
+    for entry in table.values():
+        assert set(entry) == {"about", "licence", "terms", "files"}
+        assert entry["terms"].startswith("https://")
+        for row in entry["files"]:
             assert set(row) <= {"file", "url", "size", "digest", "folders"}
             assert row["url"].startswith("http") and row["size"] >= 0
             kind, _, digits = row.get("digest", "sha256 " + "0" * 64).partition(" ")
             assert len(digits) == {"md5": 32, "sha256": 64}[kind]
     for name, counts in (("ade20k", 44_420), ("coco-stuff", 246_574), ("camvid", 1402)):
-        folders = [line for row in table[name] for line in row["folders"]]
+        folders = [line for row in table[name]["files"] for line in row["folders"]]
         assert sum(count for *_, count in folders) == counts
         splits = tomllib.loads(TABLES[name].read_text()).get("splits", ["training", "validation", "test"])
         wanted = {f"{kind}/{split}" for kind in ("images", "annotations") for split in splits}

@@ -185,7 +185,7 @@ def test_preview_legend_names_only_classes_that_occur():
 
 def test_small_masks_are_enlarged_without_new_colours():
     _, labels = scene(8, 8)
-    enlarged = draw._fit(draw.colorize(labels, COLORS), 400)
+    enlarged = draw.fit(draw.colorize(labels, COLORS), 400)
     assert enlarged.size == (400, 400)
     assert colors_in(enlarged) == colors_in(draw.colorize(labels, COLORS))
 
@@ -212,3 +212,147 @@ def test_curves_rise_and_fall_in_their_own_colours():
         y, x = np.nonzero((np.abs(drawn[80:] - color) <= 12).all(-1))
         assert len(x) > 200 and np.sign(np.corrcoef(x, y)[0, 1]) == slope
     assert draw.curves({"flat": [(0, 0), (5, 0)]}, "step", "mIoU").size == (900, 540)
+
+
+# ---------------------------------------------------------------- looked at by people
+
+
+def test_clear_classes_show_the_photo_and_keep_their_contours():
+    photo, labels = scene(30, 20)
+    drawn = draw.overlay(photo, labels, COLORS, clear=(1,))
+    assert drawn.getpixel((15, 5)) == (90, 90, 90)
+    assert drawn.getpixel((3, 5)) != (90, 90, 90)
+    assert (pixels(drawn)[5, 19] > 90).any(), "no contour where the clear class ends"
+
+
+def written(labels: np.ndarray, names: dict, **options) -> np.ndarray:
+    """Where names were written on a black picture, (H, W)."""
+    picture = Image.new("RGB", labels.shape[::-1])
+    draw.name_regions(picture, labels, names, **options)
+    return pixels(picture).any(-1)
+
+
+def test_a_name_stands_in_the_largest_region_of_its_class():
+    labels = np.zeros((300, 400), np.uint8)
+    labels[20:70, 20:90] = 1
+    labels[120:280, 150:390] = 1
+    where = written(labels, {0: "ground", 1: "thing"})
+    assert where[130:270, 160:380].any() and not where[:75, :95].any()
+    assert where[labels == 0].any()
+    assert not written(labels, {0: "ground"}, clear=(0,)).any()
+    assert not written(np.full((300, 400), 255, np.uint8), {0: "ground"}).any()
+
+
+def test_a_name_that_does_not_fit_is_left_out_and_none_lies_on_another():
+    labels = np.zeros((300, 400), np.uint8)
+    labels[50:56, 50:350] = 1
+    where = written(labels, {0: "ground", 1: "a long name in a thin line"})
+    assert not where[50:56].any()
+    for size in ((1, 1), (3, 500), (500, 3)):
+        assert not written(np.zeros(size, np.uint8), {0: "anything"}).any()
+
+
+def test_names_are_readable_with_150_classes():
+    """Each of 150 classes has a box of its own; its name stands in it, at least twelve pixels high."""
+    labels = np.arange(150, dtype=np.uint8).reshape(15, 10).repeat(60, 0).repeat(120, 1)
+    where = written(labels, {k: f"class {k}" for k in range(150)})
+    boxes = where.reshape(15, 60, 10, 120).transpose(0, 2, 1, 3).reshape(150, 60, 120)
+    heights = boxes.any(2).sum(1)
+    assert heights.min() >= 9 and boxes[:, :2].sum() == boxes[:, -2:].sum() == 0
+
+
+def test_a_legend_with_a_limit_says_how_many_more_there_are():
+    entries = [(f"class {k}", (k, 255 - k, 7), 100.0 if k == 0 else 1.0) for k in range(30)]
+    sheet = draw.with_legend(Image.new("RGB", (400, 300)), entries, most=12)
+    shown = {color for _, color, _ in entries} & colors_in(sheet)
+    assert len(shown) == 11 and (0, 255, 7) in shown
+    assert sheet.size == draw.with_legend(Image.new("RGB", (400, 300)), entries[:12]).size
+
+
+def test_previews_have_equal_tiles_and_at_most_twelve_entries():
+    rng = np.random.default_rng(0)
+    palette = rng.integers(40, 200, (150, 3), dtype=np.uint8)
+    rows = []
+    for width, height in ((300, 200), (200, 300), (96, 96)):
+        labels = rng.integers(0, 150, (height, width), dtype=np.uint8)
+        rows.append((Image.new("RGB", (width, height), (1, 2, 3)), labels, labels))
+    names = [f"class {k}" for k in range(150)]
+    sheet = pixels(draw.preview(rows, names, palette, "step 7", ["IoU 1%", "", "IoU 3%"]))
+    tile = (sheet == (1, 2, 3)).all(-1) | (sheet == draw.TILE).all(-1)
+    columns = tile[:, : sheet.shape[1] // 3].any(0).sum()
+    heights = np.diff(np.flatnonzero(np.diff(tile[:, 40].astype(int))))[::2]
+    assert columns > 300 and set(heights.tolist()) == {columns}
+    legend = sheet[np.flatnonzero(tile.any(1))[-1] + 1 :].reshape(-1, 3)
+    drawn = {tuple(color) for color in legend.tolist()}
+    assert len(drawn & {tuple(color) for color in palette.tolist()}) == 11
+
+
+def test_a_heat_map_grows_lighter_and_has_a_scale():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8)[None].repeat(200, 0).repeat(3, 1))
+    sheet = draw.heat(grey, "probability")
+    lightness = np.asarray(sheet.convert("L")).astype(int)
+    row = lightness[150, 20 : 20 + 768]
+    assert (np.diff(row) >= -1).all() and row[-1] - row[0] > 150
+    legend = {tuple(color) for color in pixels(sheet)[260:].reshape(-1, 3).tolist()}
+    assert set(draw.SCALE) <= legend
+    assert draw.heat(Image.new("L", (1, 1)), "dot").width > 200
+
+
+def test_pictures_to_look_at_are_neither_tiny_nor_huge():
+    for size in ((1, 1), (96, 96), (640, 480), (3000, 2000), (20000, 100), (30000, 2000)):
+        shown = draw.for_viewing(Image.new("L", size))
+        assert max(shown.size) >= 430 and shown.width * shown.height <= 24_100_000
+        assert shown.width / shown.height == pytest.approx(size[0] / size[1], rel=0.01)
+
+
+def test_training_curves_have_a_panel_for_what_was_logged():
+    log = [{"step": k, "loss": 5 / k, "lr": 1e-4} for k in range(1, 50)] + [{"step": 9, "loss": None}]
+    assert draw.training_curves(log).size == (900, 600)
+    assert draw.training_curves([]).size == (900, 300)
+    drawn = draw.training_curves([*log, {"step": 25, "mIoU": 0.2}, {"step": 50, "mIoU": 0.3}])
+    assert drawn.size == (900, 900)
+    for top in (0, 300, 600):
+        panel = pixels(drawn)[top : top + 300]
+        assert (np.abs(panel - draw.LINES[0]) <= 12).all(-1).sum() > 100
+
+
+@pytest.mark.parametrize("highest", [1e-6, 0.03, 0.9, 1, 1.01, 3.7, 48, 64.2, 99, 100, 480, 160_000, 7e8, 0])
+def test_ticks_are_round_numbers_from_zero(highest):
+    ticks = draw.round_ticks(highest)
+    assert ticks[0] == 0 and ticks[-1] >= highest * (1 - 1e-9) and 2 <= len(ticks) <= 6
+    assert ticks[-1] <= 2 * highest or highest == 0
+    step = f"{ticks[1]:.3e}"
+    assert step[:4] in ("1.00", "2.00", "2.50", "5.00") and np.allclose(np.diff(ticks), ticks[1])
+
+
+def test_letters_that_the_font_lacks_are_named():
+    assert draw.missing_letters(["sky", "road 7", "tree (small)…"]) == ""
+    assert draw.missing_letters(["天空", "sky", "空"]) == "天空"
+
+
+@pytest.fixture
+def own_font():
+    yield
+    draw._font_file = None
+
+
+def test_another_font_has_other_letters(own_font, tmp_path):
+    path = Path("/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf")
+    if not path.exists():
+        pytest.skip("the font DejaVu Sans is not installed here")
+    entries = [("мост", (1, 2, 3), None)]
+    plain = draw.with_legend(Image.new("RGB", (90, 90)), entries)
+    assert draw.missing_letters(["мост"])
+    draw.use_font(path)
+    assert draw.missing_letters(["мост"]) == ""
+    assert (
+        pixels(draw.with_legend(Image.new("RGB", (90, 90)), entries)).shape != pixels(plain).shape
+        or (pixels(draw.with_legend(Image.new("RGB", (90, 90)), entries)) != pixels(plain)).any()
+    )
+
+
+def test_what_is_no_font_is_named(own_font, tmp_path):
+    (tmp_path / "a.ttf").write_bytes(b"no")
+    for name in ("a.ttf", "missing.ttf"):
+        with pytest.raises(PictureError, match=rf"--font .*{name}"):
+            draw.use_font(tmp_path / name)

@@ -13,7 +13,16 @@ from safetensors.torch import load_file, save_file
 
 import data
 import model as method
-from experiments.baselines import Annealed, End, FirstStep, Inverse, Leaky, Linear, Noise, Sqrt, golden_centroids
+from experiments.baselines import (
+    Annealed,
+    End,
+    Inverse,
+    Leaky,
+    Linear,
+    Noise,
+    Sqrt,
+    golden_centroids,
+)
 from flowseg_tools.settings import PRESETS
 from model import (
     CheckpointError,
@@ -22,8 +31,10 @@ from model import (
     ModelConfig,
     Network,
     coded_centroids,
+    image_of_patches,
     kronecker_centroids,
-    lexicode,
+    least_spacing,
+    pixels_of_patches,
     potential_gradient,
     squared_distances,
     tensor_faults,
@@ -31,22 +42,44 @@ from model import (
 )
 from train import resolve
 
-SMALL = {
+SMALL = {  # with the flow of the paper
     "hidden_size": 32,
     "depth": 1,
     "num_heads": 2,
     "nerf_depth": 1,
     "nerf_width": 8,
     "conv_width": 8,
+    "patch_size": 4,
+    "encoding": "kronecker",
     "encoding_dims": 3,
     "tau": 1.0,
-    "patch_size": 4,
+    "phi_weight": 1.0,
 }
+CODED = {"encoding": "coded", "encoding_dims": 8, "tau": 0.15, "phi_weight": 16.0}  # the default's
 
 
 def small(num_classes=5, kind=FlowSeg, **changes):
     torch.manual_seed(0)
     return kind(ModelConfig(num_classes, **SMALL | changes))
+
+
+def drawn(model):
+    """The same model with a random end instead of one of zeros."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in (model.network.head, model.network.token_to_velocity):
+        torch.nn.init.normal_(layer.weight, std=0.3, generator=generator)
+    return model
+
+
+def end(model, x, t, image):
+    """x1_hat, the end that the network aims at."""
+    return x + (1 - t)[:, None, None, None] * model.velocity(x, t, image)
+
+
+def blind(network):
+    """Cut the network off from what the image path says."""
+    for layer in (network.image_to_token, network.image_to_pixel, network.image_to_velocity):
+        torch.nn.init.zeros_(layer.weight)
 
 
 def batch(num_classes=5, size=16, count=2):
@@ -86,25 +119,30 @@ def test_more_dimensions_give_more_room(dims, spacing):
     assert torch.pdist(kronecker_centroids(150, dims)).min().item() == pytest.approx(spacing, abs=6e-4)
 
 
+@pytest.mark.parametrize(("n", "hamming"), [(2, 16), (14, 8), (32, 8), (33, 6), (128, 6), (171, 5), (255, 5)])
+def test_code_words_have_the_distances_of_the_known_codes(n, hamming):
+    words = coded_centroids(n)[:, 3:]
+    assert words.shape == (n, 16)
+    assert set(words.unique().tolist()) == {-1.0, 1.0}
+    assert torch.pdist(words, p=1).min().item() == 2 * hamming
+
+
 @pytest.mark.parametrize(
-    ("words", "length", "hamming"),
-    [(2, 5, 5), (16, 7, 3), (16, 8, 4), (32, 16, 8), (128, 16, 6), (171, 13, 4)],
+    ("n", "dims"),
+    [(2, 4), (2, 19), (11, 7), (11, 19), (16, 10), (150, 11), (150, 19), (255, 11), (255, 19)],
 )
-def test_lexicodes_have_the_distances_of_the_known_codes(words, length, hamming):
-    code = lexicode(words, length)
-    assert code.shape == (words, length)
-    assert set(code.unique().tolist()) <= {-1.0, 1.0}
-    assert torch.pdist(code, p=1).min().item() == 2 * hamming
-
-
-@pytest.mark.parametrize("dims", [3, 8, 16, 19])
-@pytest.mark.parametrize("n", [2, 11, 150, 255])
 def test_coded_centroids_begin_with_the_colours_and_lie_further_apart(n, dims):
     mu = coded_centroids(n, dims)
     assert mu.shape == (n, dims)
     assert torch.equal(mu[:, :3], kronecker_centroids(n))
     assert mu.abs().max() <= 1
     assert torch.pdist(mu).min() >= torch.pdist(kronecker_centroids(n, dims)).min()
+
+
+def test_the_least_spacing_is_the_squared_distance_of_the_closest_pair():
+    mu = kronecker_centroids(40, 5)
+    pairs = (mu[:, None] - mu).square().sum(-1) + 100 * torch.eye(40)
+    assert least_spacing(mu) == pytest.approx(pairs.min().item(), rel=1e-5)
 
 
 def test_kronecker_formula_by_hand():
@@ -116,9 +154,9 @@ def test_kronecker_formula_by_hand():
 
 
 @pytest.mark.parametrize("n", [2, 11, 150, 171, 255])
-@pytest.mark.parametrize("dims", [3, 16])
-def test_encoding_and_decoding_returns_the_labels(n, dims):
-    model = small(n, encoding_dims=dims)
+@pytest.mark.parametrize(("encoding", "dims"), [("kronecker", 3), ("kronecker", 16), ("coded", 11)])
+def test_encoding_and_decoding_returns_the_labels(n, encoding, dims):
+    model = small(n, encoding=encoding, encoding_dims=dims)
     labels = torch.arange(n).repeat(2)[: n + n % 2].view(1, 2, -1)
     x = model.centroids[labels].movedim(-1, 1)  # `encode_labels` reserves 255
     confidence, decoded = model.soft_assignment(x).max(1)
@@ -130,7 +168,7 @@ def test_encoding_and_decoding_returns_the_labels(n, dims):
 def test_every_centroid_of_many_is_nearest_to_itself(dims):
     mu = kronecker_centroids(1000, dims)
     d, nearest = squared_distances(mu, mu)
-    assert nearest[:, 0].equal(torch.arange(1000))
+    assert nearest[0].equal(torch.arange(1000))
     assert d.diag().abs().max() == 0
 
 
@@ -169,6 +207,45 @@ def test_distances_do_not_cancel_near_a_centroid():
     assert torch.allclose(phi.double(), exact[0], rtol=1e-3, atol=1e-6)
 
 
+@pytest.fixture(params=["none", "ieee", "tf32", "bf16"])
+def precision(request):
+    """What float32 products of a CPU may be computed in."""
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = request.param
+    yield request.param
+    backend.fp32_precision = before
+
+
+def test_distances_and_potential_are_float32_whatever_products_may_be(precision, monkeypatch):
+    """Also under autocast; the setting of PyTorch is left as it was."""
+    backend = torch.backends.mkldnn.matmul
+    seen = []
+    real = method.without_autocast
+    monkeypatch.setattr(
+        method, "without_autocast", lambda device: seen.append(backend.fp32_precision) or real(device)
+    )
+    generator = torch.Generator().manual_seed(0)
+    mu = coded_centroids(100, 11)
+    y = torch.randint(0, 100, (500,), generator=generator)
+    x = mu[y] + torch.randn(500, 11, generator=generator)
+    exact = (x.double() - mu.double()[:, None]).square().sum(-1)
+    phi, grad = potential_gradient(x.double(), y, mu.double(), 1.0, 0.5)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        d, _ = squared_distances(x, mu)
+        found = potential_gradient(x, y, mu, 1.0, 0.5)
+    assert torch.allclose(d.double(), exact, rtol=1e-4)
+    assert torch.allclose(found[0].double(), phi, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(found[1].double(), grad, rtol=1e-3, atol=1e-4)
+    assert len(seen) > 1
+    assert not set(seen) & {"tf32", "bf16"}
+    assert backend.fp32_precision == precision
+    with pytest.raises(KeyboardInterrupt), method.exact_float32(x.device):
+        raise KeyboardInterrupt
+    assert backend.fp32_precision == precision
+
+
 # ---------------------------------------------------------------- network
 
 
@@ -184,17 +261,83 @@ def test_presets_build_and_large_ones_have_the_published_shape(preset):
     assert sum(p.numel() for p in network.parameters()) > 0
 
 
-def test_image_reaches_the_velocity_and_zero_weights_cut_it_off():
-    model = small()
-    torch.nn.init.normal_(model.network.head.weight)
+def test_image_reaches_the_network_and_zero_weights_cut_it_off():
+    network = small().network
+    torch.nn.init.normal_(network.head.weight)
     image, _ = batch()
     t = torch.zeros(2)
     x = torch.zeros(2, 3, 16, 16)
-    assert not torch.allclose(model.velocity(x, t, image), model.velocity(x, t, -image))
-    network = model.network
-    for layer in (network.image_to_token, network.image_to_pixel, network.image_to_velocity):
-        torch.nn.init.zeros_(layer.weight)
-    assert torch.equal(model.velocity(x, t, image), model.velocity(x, t, -image))
+
+    def both():
+        return network(x, t, network.encode_image(image)), network(x, t, network.encode_image(-image))
+
+    assert not torch.allclose(*both())
+    blind(network)
+    assert torch.equal(*both())
+    assert network.encode_image(image).velocity.abs().max() == 0
+
+
+@pytest.mark.parametrize("level", ["image_to_token", "image_to_pixel", "image_to_velocity"])
+def test_every_part_of_the_image_path_reaches_the_end(level):
+    network = small().network
+    for layer in (network.head, network.token_to_velocity):
+        torch.nn.init.normal_(layer.weight)
+    image, _ = batch()
+    weight = network.get_submodule(level).weight
+    blind(network)
+    torch.nn.init.normal_(weight)
+    u = [network(torch.zeros(2, 3, 16, 16), torch.zeros(2), network.encode_image(i)) for i in (image, -image)]
+    assert not torch.allclose(*u)
+
+
+def test_the_coarse_velocity_is_a_linear_map_of_the_last_tokens_bilinearly_enlarged():
+    network = small().network
+    blind(network)
+    torch.nn.init.normal_(network.token_to_velocity.weight)  # the head is zero
+    tokens = []
+    network.blocks[-1].register_forward_hook(lambda block, inputs, output: tokens.append(output))
+    image, _ = batch()
+    u = network(image, torch.zeros(2), network.encode_image(image))
+    coarse = torch.einsum("bld,cd->bcl", tokens[0], network.token_to_velocity.weight).view(2, 3, 4, 4)
+    assert torch.allclose(u, F.interpolate(coarse, (16, 16), mode="bilinear"), atol=1e-5)
+
+
+def test_the_image_encoder_has_a_level_for_every_stride_up_to_the_patch():
+    for patch_size, last in ((1, 8), (2, 16), (4, 32), (8, 48), (16, 48)):
+        encoder = small(patch_size=patch_size).network.image_encoder
+        image = torch.rand(2, 3, 2 * patch_size, 3 * patch_size)
+        fine, coarse = encoder(image)
+        assert fine.shape == (2, 8, 2 * patch_size, 3 * patch_size)
+        assert coarse.shape == (2, last, 2, 3)
+
+
+# ---------------------------------------------------------------- layout in memory
+
+
+@pytest.mark.parametrize(("size", "height", "width"), [(1, 3, 5), (2, 4, 6), (4, 8, 4), (8, 24, 16)])
+def test_patches_are_those_of_unfold_and_come_back(size, height, width):
+    x = torch.randn(2, 5, height, width)
+    pixels = pixels_of_patches(x, size)
+    expected = F.unfold(x, size, stride=size).view(2, 5, size * size, -1)  # (B, C, P P, L)
+    assert torch.equal(pixels, expected.permute(0, 3, 2, 1))
+    assert torch.equal(image_of_patches(pixels, height, width), x)
+    assert torch.equal(pixels_of_patches(image_of_patches(pixels, height, width), size), pixels)
+
+
+def test_the_layout_of_the_input_in_memory_changes_nothing():
+    model = drawn(small(later_share=1.0))
+    image, labels = batch(size=16)
+    last = image.contiguous(memory_format=torch.channels_last)
+    assert image.is_contiguous() and not last.is_contiguous()
+    assert model.source(image).is_contiguous(memory_format=torch.channels_last)
+    assert model.source(last).is_contiguous(memory_format=torch.channels_last)
+    t = torch.tensor([0.0, 0.5])
+    for x in (image, last):
+        for i in (image, last):
+            assert torch.allclose(model.velocity(x, t, i), model.velocity(image, t, image), atol=1e-5)
+    assert torch.allclose(model.sample(last, 3), model.sample(image, 3), atol=1e-5)
+    losses = [model.loss(i, labels, torch.Generator().manual_seed(0))[0].item() for i in (image, last)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_time_is_float32_under_autocast_and_tells_neighbours_apart():
@@ -218,10 +361,9 @@ def test_velocity_at_any_multiple_of_the_patch(size):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"objective": "vanilla"}, {"conv_width": 0},
-    {"encoding_dims": 8}, {"encoding": "coded", "encoding_dims": 8},
-    {"kind": Annealed}, {"kind": Linear}, {"kind": Sqrt}, {"kind": Inverse}, {"kind": End}, {"kind": Noise},
-    {"kind": Leaky}, {"kind": FirstStep},
+    {}, {"objective": "vanilla"}, {"conv_width": 16}, {"encoding_dims": 8}, CODED,
+    {"later_share": 0.0}, {"later_share": 1.0}, {"kind": Annealed}, {"kind": Linear}, {"kind": Sqrt},
+    {"kind": Inverse}, {"kind": End}, {"kind": Noise}, {"kind": Leaky},
 ], ids=str)  # fmt: skip
 def test_every_ablation_trains(changes):
     model = small(**changes)
@@ -239,6 +381,10 @@ def test_the_loss_changes_with_every_switch():
     for changes in (
         {},
         {"objective": "vanilla"},
+        {"phi_weight": 2.0},
+        {"eps": 0.5},
+        {"tau": 0.5},
+        {"later_share": 0.0},
         {"kind": Annealed},
         {"kind": Linear},
         {"kind": Sqrt},
@@ -247,10 +393,8 @@ def test_the_loss_changes_with_every_switch():
         {"kind": Noise},
         {"kind": Leaky},
         {"kind": Leaky, "objective": "vanilla"},
-        {"kind": FirstStep},
     ):
-        model = small(**changes)
-        torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
+        model = drawn(small(**{"later_share": 1.0} | changes))
         losses.append(round(model.loss(image, labels, torch.Generator().manual_seed(0))[0].item(), 4))
     assert len(set(losses)) == len(losses)
 
@@ -267,17 +411,138 @@ def test_the_potential_stays_float32_under_autocast():
 
 
 def test_reshaped_loss_at_the_start_is_the_paper_s():
-    model = small(kind=FirstStep)
+    model = drawn(small(later_share=0.0))
     image, labels = batch()
-    torch.nn.init.normal_(model.network.head.weight, std=0.1)
     v = model.velocity(image, torch.zeros(2), image)
     v_gt = kronecker_centroids(5)[labels].movedim(-1, 1) - image
     x1_hat = (image + v).detach().movedim(1, -1).reshape(-1, 3).requires_grad_()
-    logits = -((x1_hat[:, None] - kronecker_centroids(5)).square().sum(-1) + model.config.eps).log()
+    logits = -((x1_hat[:, None] - kronecker_centroids(5)).square().sum(-1) + model.eps).log()
     F.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
     target = v_gt - x1_hat.grad.view(2, 16, 16, 3).movedim(-1, 1)
-    expected = (v - target).square().mean()
+    expected = (v - target).square().mean() / 2  # the half of the first state
     assert model.loss(image, labels)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+FLOWS = [{}, CODED, {"phi_weight": 7.0, "eps": 0.02, "tau": 0.4}, {"objective": "vanilla"}]
+
+
+def potential_by_autograd(model, x, labels):
+    """Phi of the states x (B, dims, H, W), summed over the labelled pixels, as the paper writes it."""
+    mu = model.centroids
+    pairs = (mu[:, None] - mu).square().sum(-1)
+    eps = model.config.eps * pairs[pairs > 0].min()  # in units of the closest pair
+    d = (x.movedim(1, -1)[..., None, :] - mu).square().sum(-1)  # (B, H, W, N)
+    logits = -(d + eps).log() / model.config.tau
+    return F.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=255, reduction="sum"), logits
+
+
+@pytest.mark.parametrize("changes", FLOWS, ids=str)
+def test_the_loss_has_the_gradient_of_the_squared_error_and_twice_the_weighted_potential(changes):
+    """For every weight of the network: that of |x1_hat - mu[y]|^2 + 2 w Phi, by autograd."""
+    model = drawn(small(later_share=0.0, **changes))
+    image, labels = batch()
+    labels[0, :5] = 255
+    model.loss(image, labels)[0].backward()
+    found = [p.grad.clone() for p in model.parameters()]
+
+    model.zero_grad()
+    x1_hat = end(model, model.source(image), torch.zeros(2), image)
+    phi, _ = potential_by_autograd(model, x1_hat, labels)
+    w = 0.0 if model.config.objective == "vanilla" else model.config.phi_weight
+    mu_y = model.centroids[labels.where(labels != 255, 0)].movedim(-1, 1)
+    squared = (x1_hat - mu_y).square().sum(1)[labels != 255].sum()
+    whole = (squared + 2 * w * phi) / ((labels != 255).sum() * model.config.encoding_dims)
+    (whole / 2).backward()  # the half of the first state
+    for ours, p in zip(found, model.parameters(), strict=True):
+        assert torch.allclose(ours, p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("changes", FLOWS, ids=str)
+def test_diagnostics_are_those_of_the_first_state(changes):
+    image, labels = batch()
+    labels[0, :5] = 255
+    model = drawn(small(later_share=1.0, **changes))
+    _, stats = model.loss(image, labels)
+    assert not any(value.requires_grad for value in stats.values())
+    count = (labels != 255).sum().item()
+    x1_hat = model.sample(image, 1).requires_grad_()
+    phi, _ = potential_by_autograd(model, x1_hat, labels)
+    phi.backward()
+    mu_y = model.centroids[labels.where(labels != 255, 0)].movedim(-1, 1)
+    error = (x1_hat - mu_y).square().mean(1)[labels != 255].mean()
+    assert stats["phi"].item() == pytest.approx(phi.item() / count, rel=1e-4)
+    assert stats["grad_phi"].item() == pytest.approx(x1_hat.grad.norm(dim=1).sum().item() / count, rel=1e-3)
+    assert stats["fm_error"].item() == pytest.approx(error.item(), rel=1e-4)
+
+
+def passes(model, image, labels, seed=0):
+    """(x, t) of every pass of the network in one loss, and the loss."""
+    seen = []
+    hook = model.network.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+    loss, _ = model.loss(image, labels, torch.Generator().manual_seed(seed))
+    hook.remove()
+    return seen, loss.item()
+
+
+def residual(model, x1_hat, labels):
+    """R of each image (B,)."""
+    _, grad = model.potential(x1_hat, labels)
+    target = model.encode_labels(labels) - model.config.phi_weight * grad
+    return (x1_hat - target).square().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_the_images_is_used_again_on_the_line_to_the_end(share):
+    model = drawn(small(later_share=share, **CODED))
+    image, labels = batch(count=8)
+    x0 = model.source(image)
+    (first, *later), loss = passes(model, image, labels)
+    assert torch.equal(first[0], x0)
+    assert first[1].tolist() == [0] * 8
+    x1_hat = end(model, *first, image)
+    total = residual(model, x1_hat, labels).sum().item()
+    assert len(later) == (share > 0)
+    for x_t, t in later:
+        assert t.min() > 0 and t.max() < 1
+        assert len(t.unique()) == len(t)
+        line = x0[:, None] + t[:, None, None, None] * (x1_hat - x0)[:, None]  # (image, second state, ..)
+        gaps = (line - x_t).abs().amax((2, 3, 4))
+        own = gaps.argmin(0)  # the image of each second state
+        assert gaps.amin(0).max() < 1e-5
+        assert own.tolist() == sorted(set(own.tolist()))
+        total += residual(model, end(model, x_t, t, image[own]), labels[own]).sum().item() / share
+        assert len(t) == 8 if share == 1 else 0 < len(t) < 8
+    assert loss == pytest.approx(total / 8 / 2, rel=1e-5)
+
+
+def test_the_share_is_that_of_many_draws():
+    image, labels = batch(count=1, size=4)
+    model = small(later_share=0.25)
+    count = sum(len(passes(model, image, labels, seed)[0]) - 1 for seed in range(200))
+    assert 30 < count < 70
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
+def test_the_parts_of_a_batch_add_up_to_the_whole(share):
+    """Loss, diagnostics and gradient, where the parts hold unequal numbers of labelled pixels."""
+    image, labels = batch(count=4)
+    labels[0, :9] = 255
+    labels[3] = 255
+    count = (labels != 255).sum()
+    outcomes = []
+    for parts in (1, 2, 4):
+        model = drawn(small(later_share=share, **CODED))
+        generators = [torch.Generator().manual_seed(i) for i in range(4)]
+        total = []
+        for own in torch.arange(4).chunk(parts):
+            loss, stats = model.loss(image[own], labels[own], [generators[i] for i in own], count)
+            loss.backward()
+            total.append(torch.stack([loss.detach(), *stats.values()]))
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        outcomes.append((sum(total), gradient))
+    for values, gradient in outcomes[1:]:
+        assert torch.allclose(values, outcomes[0][0], rtol=1e-4)
+        assert torch.allclose(gradient, outcomes[0][1], rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("changes", [{}, {"kind": End}, {"kind": Noise}], ids=str)
@@ -285,21 +550,17 @@ def test_no_state_contains_the_label(changes):
     """The leak: whatever the labels are, the network must see the same states (Leaky does not)."""
 
     def states(labels, **changes):
-        model = small(**changes)
-        torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
-        seen = []
-        model.network.register_forward_pre_hook(lambda module, args: seen.extend(a.clone() for a in args[:2]))
-        model.loss(image, labels, torch.Generator().manual_seed(0))
-        return torch.cat([tensor.flatten() for tensor in seen])
+        seen, _ = passes(drawn(small(later_share=1.0, **changes)), image, labels)
+        return torch.cat([tensor.flatten() for state in seen for tensor in state])
 
     image, labels = batch()
     assert torch.equal(states(labels, **changes), states(4 - labels, **changes))
     assert not torch.equal(states(labels, kind=Leaky), states(4 - labels, kind=Leaky))
 
 
-@pytest.mark.parametrize("kind", [FlowSeg, Leaky, FirstStep])
-def test_an_all_ignore_batch_has_loss_zero_and_finite_gradients(kind):
-    model = small(kind=kind)
+@pytest.mark.parametrize(("kind", "share"), [(FlowSeg, 0.0), (FlowSeg, 1.0), (Leaky, 0.0)])
+def test_an_all_ignore_batch_has_loss_zero_and_finite_gradients(kind, share):
+    model = small(kind=kind, later_share=share)
     image, labels = batch()
     loss, stats = model.loss(image, torch.full_like(labels, 255))
     loss.backward()
@@ -310,23 +571,25 @@ def test_an_all_ignore_batch_has_loss_zero_and_finite_gradients(kind):
 
 def test_ignored_pixels_change_nothing():
     """Loss and gradient are those of the labelled pixels alone."""
-    model = small(conv_width=0, depth=0, kind=FirstStep)
+    model = small(depth=0, later_share=0.0)
+    blind(model.network)  # convolutions and the coarse velocity look beyond the patch
     image, labels = batch()
     labels[:, :, 8:] = 255
     torch.nn.init.normal_(model.network.head.weight, generator=torch.Generator().manual_seed(0))
     whole = model.loss(image, labels)[0]
     left = model.loss(image[..., :8].contiguous(), labels[..., :8].contiguous())[0]
     assert whole.item() == pytest.approx(left.item(), rel=1e-5)
-    v = model.velocity(image, torch.zeros(2), image)
-    v.retain_grad()
-    model._velocity = lambda *args: v
+    outputs = []
+    model.network.register_forward_hook(lambda module, args, output: outputs.append(output))
+    model.network.register_forward_hook(lambda module, args, output: output.retain_grad())
     model.loss(image, labels)[0].backward()
-    assert v.grad[..., 8:].abs().max() == 0
-    assert v.grad[..., :8].abs().max() > 0
+    assert outputs[0].grad[..., 8:].abs().max() == 0
+    assert outputs[0].grad[..., :8].abs().max() > 0
 
 
-def test_overfits_one_batch_through_the_real_loss():
-    model = small(num_classes=4, conv_width=16)
+@pytest.mark.parametrize("changes", [{}, CODED], ids=str)
+def test_overfits_one_batch_through_the_real_loss(changes):
+    model = small(num_classes=4, conv_width=16, **changes)
     image, _ = batch(size=24, count=2)
     labels = torch.zeros(2, 24, 24, dtype=torch.long)
     labels[0, 4:16, 6:20] = 1
@@ -358,6 +621,16 @@ def test_an_exact_velocity_is_integrated_to_the_mask(steps, dims):
     assert times == pytest.approx([i / steps for i in range(steps)])
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+def test_the_last_euler_step_ends_where_the_network_aims_at(steps):
+    model = drawn(small(depth=0, **CODED)).eval()
+    image, _ = batch(size=8)
+    *_, before, x1 = model.trajectory(image, steps)
+    t = torch.full((2,), (steps - 1) / steps)
+    assert torch.allclose(x1, end(model, before, t, image), atol=1e-5)
+    assert torch.allclose(model.source(image), before) == (steps == 1)
+
+
 def test_the_source_is_the_image_followed_by_zeros():
     image, _ = batch()
     x0 = small(encoding_dims=8).source(image)
@@ -377,13 +650,13 @@ def test_any_size_gives_a_mask_of_that_size_and_always_the_same(size, kind):
     assert torch.equal(mask, model.segment(image, 2))
 
 
-def test_soft_assignment_is_the_softmax_of_the_potential():
-    model = small(tau=0.5)
-    x = torch.randn(2, 3, 4, 6)
+@pytest.mark.parametrize("changes", FLOWS, ids=str)
+def test_soft_assignment_is_the_softmax_of_the_potential(changes):
+    model = small(**changes)
+    x = torch.randn(2, model.config.encoding_dims, 4, 6)
     p = model.soft_assignment(x)
-    d = (x.movedim(1, -1)[..., None, :] - model.centroids).square().sum(-1)
-    expected = (-(d + model.config.eps).log() / 0.5).softmax(-1).movedim(-1, 1)
-    assert torch.allclose(p, expected, atol=1e-6)
+    _, logits = potential_by_autograd(model, x, torch.zeros(2, 4, 6, dtype=torch.long))
+    assert torch.allclose(p, logits.softmax(-1).movedim(-1, 1), atol=1e-5)
     assert torch.allclose(p.sum(1), torch.ones(2, 4, 6), atol=1e-6)
 
 
@@ -412,11 +685,17 @@ def test_shape_and_value_errors_name_both_sides():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"objective": "reshape"}, "objective is 'reshape'; expected reshaped or vanilla"),
     ({"encoding_dims": 2}, "encoding_dims is 2; expected"),
-    ({"encoding_dims": 20, "encoding": "coded"}, "encoding_dims is 20; expected 3 to 19"),
+    ({"encoding_dims": 20}, "encoding_dims is 20; expected 19 or less"),
+    ({"encoding_dims": 3}, "encoding_dims is 3; expected .*5 words"),
+    ({"encoding_dims": 8, "num_classes": 33}, "encoding_dims is 8; expected .*33 words"),
+    ({"encoding": "simplex"}, "encoding is 'simplex'; expected coded or kronecker"),
+    ({"phi_weight": -1.0}, "phi_weight is -1.0"),
+    ({"later_share": 1.5}, "later_share is 1.5"),
     ({"num_classes": 1}, "num_classes is 1"),
     ({"num_heads": 3}, "heads"),
     ({"patch_size": 6}, "patch_size is 6; expected a power of two"),
-    ({"conv_width": 4}, "conv_width is 4; expected a multiple of 8"),
+    ({"conv_width": 4}, "conv_width is 4; expected a whole number from 8"),
+    ({"conv_width": 12}, "conv_width is 12; expected a multiple of 8"),
     ({"eps": 0.0}, "eps is 0.0"),
     ({"eps": float("nan")}, "eps is nan"),
     ({"tau": float("inf")}, "tau is inf"),
@@ -451,12 +730,13 @@ def test_short_names_for_scripts():
 
 
 def test_save_and_load_return_the_same_model(tmp_path):
-    model = small(encoding_dims=8, encoding="coded")
+    model = small(**CODED)
     model.save(tmp_path / "m.safetensors", classes=["a", "b"], ids=[0, 7], mIoU=0.5)
     loaded = FlowSeg.load(tmp_path / "m.safetensors")
     assert loaded.config == model.config
     assert loaded.info == CheckpointInfo(classes=("a", "b"), ids=(0, 7), mIoU=0.5)
     assert torch.equal(loaded.centroids, model.centroids)
+    assert loaded.eps == model.eps
     image, _ = batch()
     assert torch.equal(loaded.segment(image), model.eval().segment(image))
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]

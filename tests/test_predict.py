@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from flowseg_tools import predict
 from flowseg_tools.predict import assign_photo, decode, segment_photo, to_input, windows
 from model import CheckpointInfo, FlowSeg, ModelConfig
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"hidden_size": 16, "depth": 1, "num_heads": 2, "nerf_depth": 1, "nerf_width": 8, "conv_width": 8}
+SMALL = {
+    "hidden_size": 16, "depth": 1, "num_heads": 2, "nerf_depth": 1, "nerf_width": 8, "conv_width": 8,
+    "encoding_dims": 11,
+}  # fmt: skip
 
 
 def small(num_classes: int, **settings) -> FlowSeg:
@@ -123,6 +128,39 @@ def test_what_is_averaged_is_a_probability(model, mode, flip):
     assert torch.allclose(p.sum(1), torch.ones(1, 30, 75), atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_large_bands_give_the_same_as_single_rows(model, mode, monkeypatch):
+    single = assign_photo(model, photo(75, 40), 30, 2, mode)
+    for height in (7, 1000):
+        monkeypatch.setattr(predict, "_band_height", lambda device, values, height=height: height)
+        assert torch.allclose(assign_photo(model, photo(75, 40), 30, 2, mode), single, atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "classes"), [(683, 150), (512, 171), (2048, 150), (96, 14)])
+def test_a_gpu_gets_few_products_and_bounded_memory(width, classes):
+    """Single rows would be one product, of some 17 kernels, for each of the 512 rows."""
+    rows = predict._band_height(torch.device("cuda"), width * classes)
+    assert -(-512 // rows) <= 20 and rows * width * classes * 4 <= 2**25
+    assert predict._band_height(torch.device("cpu"), width * classes) == 1
+
+
+def test_images_are_read_in_order_and_one_ahead():
+    begun, ahead = [], threading.Event()
+
+    def read(index):
+        begun.append(index)
+        if index == 1:
+            ahead.set()
+        return index * index
+
+    squares = predict.read_ahead(read, range(5))
+    assert next(squares) == 0 and ahead.wait(10) and begun == [0, 1]
+    assert list(squares) == [1, 4, 9, 16] and begun == [0, 1, 2, 3, 4]
+    assert list(predict.read_ahead(read, [])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(predict.read_ahead(lambda index: 1 // index, [1, 0]))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark of /proc")
 def test_a_large_photo_of_many_classes_takes_little_memory():
@@ -178,7 +216,7 @@ def test_decoding_at_the_own_size_is_argmax():
     model = small(11)
     labels = torch.randint(0, 11, (2, 9, 7))
     p = model.soft_assignment(model.encode_labels(labels))
-    assert decode(p, (9, 7))[0].equal(labels.short())
+    assert decode(p, (9, 7))[0].equal(labels.byte())
 
 
 # ---------------------------------------------------------------- the short call
