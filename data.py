@@ -651,12 +651,8 @@ def open_dataset(dataset: str, split: str, root: Path | None = None, strict: boo
         return FolderDataset(named, split, strict)
     if (folder := Path(dataset).expanduser()).is_dir():
         return FolderDataset(folder, split, strict)
-    known = [
-        "shapes",
-        "shapes-fine",
-        *TABLES,
-        *(path.parent.name for path in data_root(root).glob("*/dataset.toml")),
-    ]
+    others = [path.parent.name for path in data_root(root).glob("*/dataset.toml")]
+    known = ["shapes", "shapes-fine", *TABLES, *others]
     expected = f"{', '.join(known)} or a folder with a dataset.toml, which flowseg init DIR drafts"
     raise DataError(f"data set {dataset!r} not found; expected {expected}{nearest(dataset, known)}")
 
