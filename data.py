@@ -157,7 +157,7 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
     # Raw values are all numbers or all colours, and each stands in one place.
     N = len(keys["classes"])
     fix = "expected 2 to 255; what is no object is a class, too, such as 'background'"
-    _require(2 <= N <= IGNORE, f"classes has {N} names; {fix}")
+    _require(2 <= N <= IGNORE, f"classes has {N} name(s); {fix}")
     ids = keys["ids"] or list(range(N))
     _require(len(ids) == N, f"ids has {len(ids)} values for {N} classes; expected one for each")
     raw = [value.lower() if isinstance(value, str) else value for value in ids + keys["ignore"]]
@@ -229,7 +229,7 @@ def _foreign(content: bytes, suffix: str, fix: str) -> tuple[str, str]:
         file.seek(tags.next)
         tags.load(file)
         kind = {1: "integers", 2: "signed integers", 3: "floating-point numbers"}[tags.get(339, (1,))[0]]
-        return f"a TIFF of {tags.get(277, 1)} bands of {tags[258][0]}-bit {kind}", "export 8-bit RGB"
+        return f"a TIFF with {tags.get(277, 1)} band(s) of {tags[258][0]}-bit {kind}", "export 8-bit RGB"
     kind = "HEIC" if content[4:8] == b"ftyp" else FOREIGN.get(suffix)
     return (kind, "convert it to JPEG") if kind else ("not a picture" if content else "empty file", fix)
 

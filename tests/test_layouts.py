@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import SPLITS, DataError, FolderDataset, open_dataset, scan
+from data import SPLITS, DataError, FolderDataset, PictureError, open_dataset, read_photo, scan
 from flowseg_tools.check import describe
 from tests.test_data import CLASSES, error_of, mask_of, write
+from tests.test_masks import tiff
 
 
 def fill(root: Path, images: str, masks: str, stems: list[str], toml: str) -> Path:
@@ -252,3 +253,68 @@ def test_an_avif_and_a_jfif_are_read(tmp_path):
     parts = [FolderDataset(root, split) for split in SPLITS[:2]]
     assert sum(len(part) for part in parts) == 3
     assert all(part[k][0].size == (16, 12) for part in parts for k in range(len(part)))
+
+
+@pytest.mark.parametrize(
+    "bands, bits, sample, words",
+    [
+        (5, 8, 1, ["5 band", "8-bit integers"]),
+        (13, 16, 1, ["13 band", "16-bit integers"]),
+        (3, 32, 3, ["3 band", "32-bit floating-point"]),
+        (1, 64, 3, ["1 band", "64-bit floating-point"]),
+        (4, 8, 1, ["4 band", "8-bit integers"]),
+    ],
+)
+def test_a_tiff_that_is_no_photo_is_refused_in_words_that_say_what_it_is(
+    tmp_path, bands, bits, sample, words
+):
+    values = np.ones((5, 8, bands))
+    path = tiff(tmp_path / "a.tif", values, bits, 1, sample=sample, bands=bands, extra=(0,) * (bands - 1))
+    with pytest.raises(PictureError) as caught:
+        read_photo(path)
+    message = str(caught.value)
+    assert all(word in message for word in [str(path), *words, "export 8-bit RGB"]), message
+
+
+def test_near_infrared_as_a_fourth_band_is_no_transparency(tmp_path):
+    """Red, green, blue and near infrared without a mark for the fourth band: Pillow takes it for alpha."""
+    values = np.full((5, 8, 4), 40)
+    photo = read_photo(tiff(tmp_path / "rgbn.tif", values, 8, 2, bands=4))
+    assert np.asarray(photo).tolist() == np.full((5, 8, 3), 40).tolist()
+    assert len(photo.info["remarks"]) == 1 and "fourth band" in photo.info["remarks"][0]
+    marked = read_photo(tiff(tmp_path / "rgba.tif", values, 8, 2, bands=4, extra=(2,)))
+    assert np.asarray(marked).min() > 200 and marked.info["remarks"] == []
+
+
+@pytest.mark.parametrize(
+    "values, expected, said",
+    [
+        ([[-24.0, -14.0, -4.0]], [0, 128, 255], "-24..-4"),
+        ([[280.0, 300.0, 320.0]], [0, 128, 255], "280..320"),
+        ([[0.0, 0.5, 1.0]], [0, 128, 255], ""),
+        ([[0.0, 100.0, 255.0]], [0, 100, 255], ""),
+        ([[np.nan, 0.0, 255.0]], [0, 0, 255], "1 pixels"),
+        ([[np.inf, 10.0, -10.0]], [0, 255, 0], "1 pixels"),
+        ([[-3.4e38, 10.0, 20.0]], [0, 10, 20], "1 pixels"),
+    ],
+)
+def test_values_beyond_those_of_photos_are_scaled_and_said_never_black_in_silence(
+    tmp_path, values, expected, said
+):
+    Image.fromarray(np.array(values, np.float32)).save(tmp_path / "a.tif")
+    photo = read_photo(tmp_path / "a.tif")
+    assert np.asarray(photo)[0, :, 0].tolist() == expected
+    assert said in "; ".join(photo.info["remarks"]) and bool(said) == bool(photo.info["remarks"])
+
+
+def test_what_gdal_marks_as_no_data_is_left_out_of_the_range(tmp_path):
+    image = Image.fromarray(np.array([[-9999.0, 100.0, 500.0]], np.float32))
+    image.save(tmp_path / "a.tif", tiffinfo={42113: "-9999"})
+    photo = read_photo(tmp_path / "a.tif")
+    assert np.asarray(photo)[0, :, 0].tolist() == [0, 0, 255] and "100..500" in photo.info["remarks"][0]
+
+
+def test_a_photo_without_any_value_is_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(PictureError, match=r"a\.tif"):
+        read_photo(tmp_path / "a.tif")
