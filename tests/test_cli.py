@@ -311,7 +311,7 @@ def test_info_reports_problems_with_exit_code_3(tmp_path):
 def test_info_prints_the_table_of_a_named_data_set_that_is_not_there(tmp_path):
     result = flowseg("info", "ade20k", cwd=tmp_path)
     assert result.returncode == 3
-    for word in ("windowpane", "149", "150", "images/training", "no image"):
+    for word in ("windowpane", "149", "150", "images/training", "flowseg download ade20k"):
         assert word in result.stdout
     facts = json.loads(flowseg("info", "coco-stuff", "--json", cwd=tmp_path).stdout)
     assert facts["classes"][170] == {"id": 170, "raw": 181, "name": "wood"}
