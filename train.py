@@ -107,7 +107,8 @@ class Metrics:
     """Scores, in [0, 1], of a confusion matrix: int64 (N, N), rows are labels, columns are predictions."""
 
     confusion: np.ndarray
-    images: dict[int, float] = field(default_factory=dict)  # mIoU of every image by its index; nan: no label
+    # By the index of an image, its mean IoU over the classes of its label; nan without a label.
+    images: dict[int, float] = field(default_factory=dict)
 
     @property
     def iou(self) -> Tensor:
@@ -159,7 +160,8 @@ def evaluate(
         prediction, _ = segment_photo(model, photo, short_side, steps, mode, flip)
         counts = confusion_matrix(labels, prediction, num_classes)
         confusion += counts
-        ious[rank + i * world] = Metrics(counts).scores["mIoU"]
+        in_label = torch.from_numpy(counts.sum(1) > 0)  # a speck of another class does not count as a class
+        ious[rank + i * world] = Metrics(counts).iou[in_label].mean()
     for values in (confusion, ious):
         summed(torch.from_numpy(values))  # in place
     protocol = {

@@ -293,6 +293,7 @@ def with_legend(
     gap = 2 * size
     names = [shorten(name, face, 14 * size) for name, _, _ in entries]
     shares = ["" if percent is None else f"{percent:.1f} %" for _, _, percent in entries]
+    shares = ["< 0.1 %" if share == "0.0 %" else share for share in shares]
     cell = 1.6 * size + _text_width(face, names)
     if any(shares):
         cell += size + _text_width(face, shares)

@@ -156,7 +156,10 @@ def test_an_evaluation_knows_the_score_of_every_image(scenes):
     for index, iou in metrics.images.items():
         photo, labels = data[index]
         counts = confusion_matrix(labels, segment_photo(scenes.model, photo, 32, 1)[0], len(total))
-        assert iou == Metrics(counts).scores["mIoU"]
+        known = [
+            value for value, pixels in zip(Metrics(counts).iou.tolist(), counts.sum(1), strict=True) if pixels
+        ]
+        assert iou == pytest.approx(np.mean(known))
         total += counts
     assert list(metrics.images) == [0, 99, 199] and np.array_equal(total, metrics.confusion)
 
