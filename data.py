@@ -111,13 +111,16 @@ class LabelTable:
             return (labels - 1).astype(np.uint8)
         values = self.values
         value = np.setdiff1d(raw, values)[0]
-        known = f"{min(values)}..{max(values)}"
+        fault = (
+            f"raw value {value} is in neither ids nor ignore, which go from {min(values)} to {max(values)}"
+        )
         if self.colours:  # red, green and blue are compared, 8 bits each
             distance = (values[:, None] >> [16, 8, 0] & 255) - (value >> np.array([16, 8, 0]) & 255)
-            known = f"#{values[(distance**2).sum(1).argmin()]:06x}, the nearest colour,"
-            value = f"#{value:06x}"
-        fix = f"expected {known} or others of them; add it to one of them in dataset.toml"
-        raise DataError(f"{where}: raw value {value} is in neither ids nor ignore; {fix}", "unknown value")
+            closest = values[(distance**2).sum(1).argmin()]
+            fault = (
+                f"raw value #{value:06x} is in neither ids nor ignore; the nearest there is #{closest:06x}"
+            )
+        raise DataError(f"{where}: {fault}; add it to one of them in dataset.toml", "unknown value")
 
 
 def _require(good: bool, problem: str) -> None:
@@ -134,10 +137,10 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
         _require(key in KEYS, f"unknown key {key!r}; expected {', '.join(KEYS)}{nearest(key, KEYS)}")
         kind = type(KEYS[key])
         _require(type(value) is kind, f"{key} is {value!r}; expected a {kind.__name__}")
-        if key in ("classes", "splits"):
-            different = all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
-            _require(different, f"{key} is {value!r}; expected a list of different strings")
     keys = KEYS | given
+    for key in ("classes", "splits"):
+        different = all(isinstance(name, str) for name in keys[key]) and len({*keys[key]}) == len(keys[key])
+        _require(different, f"{key} is {keys[key]!r}; expected a list of different strings")
     for key in ("images", "masks"):
         starred = keys[key].count("*") == keys["images"].count("*") > 0
         _require(starred, f"{key} is {keys[key]!r}; expected a pattern with *, as many as images has")
@@ -208,14 +211,13 @@ def _read(source: str | Path | bytes, max_pixels: int, convert: Callable):
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
         return convert(image)
-    except Image.DecompressionBombError as error:
-        fix = f"over {max_pixels:,} pixels; if you trust it, raise --max-pixels (max_pixels)"
-        raise PictureError(f"{where}: {error}, which is {fix}") from error
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = getattr(error, "strerror", None) or error
         fix = f"give a {', '.join(FORMATS)} file"
         if isinstance(error, UnidentifiedImageError):
             reason, fix = _foreign(content, Path(where).suffix.lower(), fix)
+        elif isinstance(error, Image.DecompressionBombError):
+            fix = f"above {max_pixels:,} pixels it needs your trust: --max-pixels N (max_pixels)"
         raise PictureError(f"{where}: cannot be read ({reason}); {fix}") from error
 
 
@@ -382,55 +384,63 @@ class FolderDataset:
         if split not in self.splits:
             raise DataError(f"{self.name} has no {split} split; expected {' or '.join(self.splits)}")
 
+        faults = self._choose(keys, toml)
+        if strict and faults:
+            raise DataError(faults[0])
+
+    def _choose(self, keys: dict, toml: Path) -> list[str]:
+        """Set the pairs, `left_out` and `unpaired`; return the lines for what makes the split unusable."""
         # The files that fit the patterns. What is a mask is no image, although it may fit both.
-        list_file = self.root / keys["splits"][split]
+        place = keys["splits"][self.split]
+        list_file = self.root / place
         listed = list_file.is_file()
-        place = list_file.stem if listed else keys["splits"][split]
-        patterns = [keys[kind].replace("{split}", place) for kind in ("images", "masks")]
-        images, masks = (match(self.root, pattern) for pattern in patterns)
-        taken = set(masks.values())
-        images = {key: path for key, path in images.items() if path not in taken}
         share = keys["validation"]
         if not listed and not share and "{split}" not in keys["images"]:
             fix = "write {split} in it, list files in splits, or validation = 0.2"
             raise DataError(f"{toml}: images is {keys['images']!r}, the same for every split; {fix}")
+        place = list_file.stem if listed else place
+        patterns = [keys[kind].replace("{split}", place) for kind in ("images", "masks")]
+        images, masks = (match(self.root, pattern) for pattern in patterns)
+        taken = set(masks.values())
+        images = {key: path for key, path in images.items() if path not in taken}
         faults = []
         if not images:
             faults.append(f"{self.root / patterns[0]}: no image fits; {self._remedy(toml)}")
+        elif listed:
+            images, faults = self._listed(list_file, images)
 
-        # A list names its images by what * stands for, or by path. A share of the pairs, the first by a hash
-        # of their names, is held out of training.
-        if listed:
-            known = {path.relative_to(self.root).as_posix(): key for key, path in images.items()}
-            known |= {key: key for key in images}
-            text = normalize("NFC", list_file.read_text(encoding="utf-8-sig"))
-            names = [line.strip() for line in text.splitlines()]
-            unknown = [name for name in names if name and name not in known]
-            faults += [
-                f"{list_file}: {name!r} is no image; {len(unknown)} such names" for name in unknown[:1]
-            ]
-            images = {known[name]: images[known[name]] for name in names if name in known}
-        alone = [path for key, path in images.items() if key not in masks]
-        pairs = {key: (path, masks[key]) for key, path in images.items() if key in masks}
-        if share and split != "test":
-            ranked = sorted(pairs, key=lambda key: sha256(key.encode()).digest())
+        # A share of the pairs, the first by a hash of their names, is held out of training.
+        keys_of_pairs = [key for key in images if key in masks]
+        if share and self.split != "test":
+            ranked = sorted(keys_of_pairs, key=lambda key: sha256(key.encode()).digest())
             count = max(1, min(len(ranked) - 1, round(share * len(ranked))))
-            pairs = {key: pairs[key] for key in (ranked[:count] if split == "validation" else ranked[count:])}
-        self.pairs = list(pairs.values())
+            keys_of_pairs = ranked[:count] if self.split == "validation" else ranked[count:]
+        self.pairs = [(images[key], masks[key]) for key in keys_of_pairs]
 
         # Where a list or a share chooses, images may lack a mask; elsewhere every file needs its partner.
+        alone = [path for key, path in images.items() if key not in masks]
+        unused = [path for key, path in masks.items() if key not in images]
         self.left_out = alone if listed or share else []
         if alone and not self.left_out:
             count = f"{len(alone)} of {len(images)} images have none"
             faults.append(f"{alone[0]}: no mask fits {self.root / patterns[1]}; {count}")
-        if not pairs and not faults:
-            faults.append(f"{self.root}: no pair for {split}; correct images, masks or splits in {toml}")
-        if strict and faults:
-            raise DataError(faults[0])
-        unused = [path for key, path in masks.items() if not (listed or share or key in images)]
-        count = f"{len(unused)} of {len(masks)} masks have none"
-        faults += [f"{path}: no image fits {self.root / patterns[0]}; {count}" for path in unused[:1]]
-        self.unpaired = faults
+        if not self.pairs and not faults:
+            faults.append(f"{self.root}: no pair for {self.split}; correct images, masks or splits in {toml}")
+        self.unpaired = list(faults)
+        if unused and not (listed or share):
+            count = f"{len(unused)} of {len(masks)} masks have none"
+            self.unpaired.append(f"{unused[0]}: no image fits {self.root / patterns[0]}; {count}")
+        return faults
+
+    def _listed(self, file: Path, images: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
+        """Return the images that a file lists, by what * stands for or by path, and a line for others."""
+        known = {path.relative_to(self.root).as_posix(): key for key, path in images.items()}
+        known |= {key: key for key in images}
+        lines = normalize("NFC", file.read_text(encoding="utf-8-sig")).splitlines()
+        names = [line.strip() for line in lines if line.strip()]
+        unknown = [name for name in names if name not in known]
+        faults = [f"{file}: {name!r} is no image; {len(unknown)} such names" for name in unknown[:1]]
+        return {known[name]: images[known[name]] for name in names if name in known}, faults
 
     def _remedy(self, toml: Path) -> str:
         if toml not in TABLES.values():
@@ -599,6 +609,7 @@ class ShapesDataset:
     augment = False
     unpaired = ()
     splits = SPLITS
+    max_pixels = MAX_PIXELS  # of the pictures that a folder holds; scenes are small
 
     def __init__(self, split: str, fine: bool = False, seed: int = 0):
         self.name = "shapes-fine" if fine else "shapes"

@@ -78,7 +78,7 @@ WINDOWS = "The whole image at once, or square windows that overlap by a third."
 Mode = Annotated[Literal["whole", "slide"], Option(rich_help_panel=METHOD, help=WINDOWS)]
 Flip = Annotated[bool, flag(METHOD, "--flip", "Average with the mirror image.")]
 Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, cpu, cuda, cuda:1 or mps.")]
-Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results and errors only.", "-q")]
+Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results, warnings and errors only.", "-q")]
 Json = Annotated[bool, flag(OUTPUT, "--json", "Print the result as JSON.")]
 PHOTOS = "Photos, folders or globs; - reads a photo from stdin."
 WHERE = "Mask of one photo (.png), or a folder."
@@ -254,7 +254,7 @@ def evaluate(
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
     from rich.progress import track
 
-    from data import open_dataset
+    from data import MAX_PIXELS, open_dataset
     from flowseg_tools import draw
     from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
@@ -265,7 +265,7 @@ def evaluate(
         check_writable(report.parent if report.suffix else report)
     model = load(checkpoint or weights, device)
     data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
-    data.max_pixels = max_pixels or data.max_pixels
+    data.max_pixels = max_pixels or MAX_PIXELS
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
     console = Console(stderr=True, quiet=quiet or not err.is_terminal)
@@ -524,6 +524,9 @@ def main() -> None:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     for name in ("stdout", "stderr"):
         setattr(sys, name, Steady(getattr(sys, name)))
+    for i, word in enumerate(sys.argv[:-1]):
+        if word == "--json" and sys.argv[i + 1].endswith(".json"):
+            sys.argv[i] = "--report"  # its earlier name, which scripts may still use
     try:
         code = app(prog_name="flowseg", standalone_mode=False)
     except KeyboardInterrupt:

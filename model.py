@@ -622,7 +622,7 @@ def pixels_of_patches(x: Tensor, size: int) -> Tensor:
 
 def image_of_patches(pixels: Tensor, height: int, width: int) -> Tensor:
     """(B, L, P P, C) -> (B, C, H, W), the inverse of `pixels_of_patches`; channels come last in memory."""
-    size = math.isqrt(pixels.shape[2])
+    size = int(pixels.shape[2] ** 0.5)
     rows = pixels.unflatten(2, (size, size)).unflatten(1, (height // size, width // size))
     return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
 
@@ -784,11 +784,12 @@ class CheckpointInfo:
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ValueError(f"{name} is {values!r}; expected a list of different values, {expected}")
             object.__setattr__(self, name, tuple(values))  # JSON has lists only
+            for value in values if name in ("ids", "ignore", "colors") else ():
+                if type(value) is str and not HEX_COLOR.fullmatch(value):
+                    raise ValueError(f"{name} has {value!r}; colours are written '#rrggbb'")
         if len(self.classes) != len(self.ids) or len(self.colors) not in (0, len(self.classes)):
-            raise ValueError(f"{len(self.ids)} ids for {len(self.classes)} classes; expected one each")
-        words = [value for value in (*self.ids, *self.ignore, *self.colors) if isinstance(value, str)]
-        if not all(HEX_COLOR.fullmatch(word) for word in words):
-            raise ValueError(f"{words} are not colours '#rrggbb'")
+            counts = f"{len(self.ids)} ids and {len(self.colors)} colours for {len(self.classes)} classes"
+            raise ValueError(f"{counts}; expected one each")
         for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind.__name__}")

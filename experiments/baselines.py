@@ -208,7 +208,7 @@ class Golden(FlowSeg):
 
 
 class UNetwork(nn.Module):
-    """A plain convolutional U-Net from full resolution to a stride of 8, with 0.6 M parameters."""
+    """A plain convolutional U-Net from full resolution to a stride of 8, with 0.7 M parameters."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -3,6 +3,7 @@
 predict     whole photos: resized, in windows, brought back to their own size
 segment     the segment command: finds photos, plans outputs, writes and reports them
 draw        masks, overlays, legends, previews, curves; pictures written whole or not at all
+report      what an evaluation leaves behind: numbers, confusion matrix, sheets of the worst images
 runs        run directories: config, state, log, lock, signals, devices
 estimate    --dry-run: FLOPs, memory, hours
 pretrained  import of public PixNerd weights, and starting from other weights

@@ -42,6 +42,15 @@ def quietly(indices: Iterable[int], title: str) -> Iterable[int]:
     return indices
 
 
+def count_values(raw: np.ndarray) -> dict[int, int]:
+    """Return the number of pixels of every value; runs of equal pixels, which make a mask, count at once."""
+    pixels = raw.ravel()
+    starts = np.concatenate([[0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1])
+    lengths = np.diff(starts, append=pixels.size)
+    values, which = np.unique(pixels[starts], return_inverse=True)
+    return dict(zip(values.tolist(), np.bincount(which, lengths).astype(int).tolist(), strict=True))
+
+
 class Checker:
     """Checks the splits of a data set one after the other, and compares the files of all of them."""
 
@@ -64,10 +73,10 @@ class Checker:
         for index in self.track(indices, f"checking {dataset.split}"):
             try:
                 image, raw, where = dataset.read(index)
-                values, counts = np.unique(raw, return_counts=True)
-                pixels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+                values = count_values(raw)
+                pixels.update(values)
                 if isinstance(dataset, FolderDataset):
-                    self._look_at(dataset, index, image, values.tolist())
+                    self._look_at(dataset, index, image, set(values))
                 dataset.labels.to_train(raw, where)
             except DataError as error:
                 errors[error.kind].append(str(error))
@@ -92,7 +101,7 @@ class Checker:
             lines = [NOTHING.format(dataset=dataset)]
         return counts, [*dataset.unpaired, *lines, *_merged(self.problems)], _merged(self.notes)
 
-    def _look_at(self, dataset: FolderDataset, index: int, image: Image.Image, values: list[int]) -> None:
+    def _look_at(self, dataset: FolderDataset, index: int, image: Image.Image, values: set[int]) -> None:
         """Look at one pair for what can be read, but is perhaps not what was meant."""
         path, mask_path = dataset.pairs[index]
         for remark in image.info["remarks"]:
@@ -114,7 +123,7 @@ class Checker:
                 fix = "see with --preview whether they fit; if not, turn the mask or remove the tag"
                 self.problems["turn"].append(f"{path}: EXIF orientation {turn} turns it, not its mask; {fix}")
             if not dataset.labels.colours:
-                self._look_at_values(mask, mask_path, set(values), dataset.labels)
+                self._look_at_values(mask, mask_path, values, dataset.labels)
 
     def _look_at_values(self, mask: Image.Image, path: Path, stored: set[int], table: LabelTable) -> None:
         """Find values that viewers show as other ids than they are stored as, and palettes that differ."""

@@ -70,11 +70,11 @@ def missing_letters(names: Iterable[str]) -> str:
 def shorten(text: str, face: ImageFont.FreeTypeFont, width: float) -> str:
     """One line of text that is at most `width` pixels long."""
     text = " ".join(text.split())
-    if face.getlength(text) <= width:
-        return text
-    while text and face.getlength(text + "…") > width:
+    shown = text
+    while text and face.getlength(shown) > width:
         text = text[:-1]
-    return text.rstrip() + "…"
+        shown = text + "…"
+    return shown
 
 
 # ---------------------------------------------------------------- files
@@ -165,12 +165,9 @@ def colorize(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
 
 
 def overlay(
-    photo: Image.Image,
-    labels: np.ndarray,
-    palette: np.ndarray,
-    clear: Collection[int] = (),
+    photo: Image.Image, labels: np.ndarray, palette: np.ndarray, clear: Collection[int] = (),
     alpha: float = 0.5,
-) -> Image.Image:
+) -> Image.Image:  # fmt: skip
     """The photo under a translucent mask with thin light contours.
 
     Ignored pixels, and those of classes that are `clear`, show the photo itself.
@@ -251,27 +248,15 @@ def overlay_sheet(
 
 
 def heat(grey: Image.Image, title: str) -> Image.Image:
-    """Values in [0, 1], as 8-bit grey, in the colours of a scale that is drawn below them."""
-    positions = np.linspace(0, 1, len(SCALE))
-    every = np.linspace(0, 1, 256)
-    ramp = np.stack([np.interp(every, positions, channel) for channel in zip(*SCALE, strict=True)], axis=1)
-    ramp = np.rint(ramp).astype(np.uint8)
+    """Values in [0, 1], as 8-bit grey, in the colours of a scale, which is the legend."""
+    stops = np.linspace(0, 255, len(SCALE))
+    ramp = np.stack(
+        [np.interp(np.arange(256), stops, channel) for channel in zip(*SCALE, strict=True)], axis=1
+    )
+    ramp = np.rint(ramp).astype(np.uint8)  # (256, 3)
     picture = Image.fromarray(ramp[np.asarray(for_viewing(grey))])
-
-    size = _text_size(picture)
-    face = font(size)
-    width = max(picture.width, 20 * size)
-    sheet = Image.new("RGB", (width + 2 * size, picture.height + 6 * size), PAPER)
-    sheet.paste(picture, (size, size))
-    draw = ImageDraw.Draw(sheet)
-    top = picture.height + 2 * size
-    draw.text((size, top), title, INK, face, anchor="lt")
-    bar = Image.fromarray(ramp[None]).resize((width, size))
-    sheet.paste(bar, (size, top + round(1.3 * size)))
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        anchor = {0: "lt", 1: "rt"}.get(tick, "mt")
-        draw.text((size + tick * width, top + 2.6 * size), f"{tick:g}", INK, face, anchor=anchor)
-    return sheet
+    scale = [(f"{share:g}", ramp[round(255 * share)], None) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+    return with_legend(grid([picture], [title], 1), scale, size=max(20, picture.width // 60))
 
 
 def for_viewing(image: Image.Image, resample: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:
@@ -280,12 +265,6 @@ def for_viewing(image: Image.Image, resample: Image.Resampling = Image.Resamplin
     if image.width * image.height > MOST_PIXELS:
         scale = math.sqrt(MOST_PIXELS / (image.width * image.height))
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
-
-
-def _text_size(image: Image.Image, entries: int = 30) -> int:
-    """Pixels of type that goes with an image: it grows with the image and shrinks with many entries."""
-    room = image.width * image.height / max(30, entries)
-    return int(np.clip(math.sqrt(room) / 9, 12, 80))
 
 
 # ---------------------------------------------------------------- sheets
@@ -306,7 +285,9 @@ def with_legend(
         entries = [*entries[: most - 1], (f"+ {len(rest)} more", None, percent)]
 
     # An entry is a swatch, a name and a share, as wide as the widest of each.
-    size = size or _text_size(image, len(entries))
+    if size is None:
+        room = image.width * image.height / max(30, len(entries))
+        size = int(np.clip(math.sqrt(room) / 9, 12, 80))
     face = font(size)
     line = round(1.6 * size)
     gap = 2 * size
@@ -347,29 +328,23 @@ def preview(
     """
     tiles = []
     captions = []
-    pixels = np.zeros(256, np.int64)
     for i, (photo, truth, prediction) in enumerate(rows):
         tiles.append(fit(photo, 400, Image.Resampling.BICUBIC))
-        for labels in (truth, prediction):
-            tiles.append(fit(colorize(labels, palette), 400))
-            pixels += np.bincount(labels.ravel(), minlength=256)
-        titles = ["image", "truth", "prediction"] if i == 0 else ["", "", ""]
-        if notes:
-            titles[2] = f"{titles[2]}   {notes[i]}".strip()
-        captions += titles
-    entries = legend_entries(pixels, classes, palette)
+        tiles += [fit(colorize(labels, palette), 400) for labels in (truth, prediction)]
+        captions += ["", "", notes[i] if notes else ""]
+    captions[:3] = ["image", "truth", f"prediction   {captions[2]}"]
+    masks = [labels.ravel() for row in rows for labels in row[1:]]
+    entries = legend_entries(np.concatenate(masks), classes, palette)
     return with_legend(grid(tiles, captions, 3, title), entries, most=12, size=24)
 
 
-def legend_entries(pixels: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> list[tuple]:
-    """Legend rows, largest first, of the classes that have pixels; pixels: (256,) counts of labels."""
-    entries = []
-    for k in np.argsort(-pixels, kind="stable").tolist():
-        if pixels[k] and k == IGNORE:
-            entries.append(("ignored", (0, 0, 0), None))
-        elif pixels[k]:
-            entries.append((classes[k], palette[k], None))
-    return entries
+def legend_entries(labels: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> list[tuple]:
+    """Legend rows of the classes that occur, the most frequent first."""
+    known = {IGNORE: ("ignored", (0, 0, 0), None)}
+    for k, name in enumerate(classes):
+        known[k] = (name, palette[k], None)
+    ids, counts = np.unique(labels, return_counts=True)
+    return [known[k] for k in ids[np.argsort(-counts, kind="stable")].tolist() if k in known]
 
 
 def strip(frames: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
@@ -395,7 +370,7 @@ def grid(tiles: Sequence[Image.Image], captions: Sequence[str], columns: int, ti
     """Pictures in the middle of equal tiles, each under its caption, if it has one."""
     width = max(tile.width for tile in tiles)
     height = max(tile.height for tile in tiles)
-    gap = int(np.clip(width / 18, 12, 40))
+    gap = int(np.clip(width / 18, 12, max(24, width / 60)))
     line = round(1.6 * gap)
     face = font(gap)
     captions = [*captions, *[""] * (len(tiles) - len(captions))]
@@ -443,16 +418,18 @@ def _percent(entry: tuple) -> float:
 # ---------------------------------------------------------------- plots
 
 
-def training_curves(log: Iterable[Mapping]) -> Image.Image:
+def training_curves(log: Sequence[Mapping]) -> Image.Image:
     """Loss, validation mIoU and learning rate over the steps, from the lines of metrics.jsonl."""
-    lines: dict[str, list] = {"loss": [], "mIoU": [], "lr": []}
-    for entry in log:
-        for name, points in lines.items():
-            if entry.get(name) is not None:
-                points.append((entry["step"], entry[name] * (100 if name == "mIoU" else 1)))
-    titles = {"loss": "loss", "mIoU": "validation mIoU, %", "lr": "learning rate"}
-    panels = {title: {name: lines[name]} for name, title in titles.items() if lines[name]}
-    return plots(panels, "step", height=300)
+    panels = {}
+    for name, title, unit in (
+        ("loss", "loss", 1),
+        ("mIoU", "validation mIoU, %", 0.01),
+        ("lr", "learning rate", 1),
+    ):
+        points = [(entry["step"], entry[name] / unit) for entry in log if entry.get(name) is not None]
+        if points:
+            panels[title] = {name: points}
+    return plots(panels or {"nothing was logged": {"": [(0, 0)]}}, "step", height=300)
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from data import evenly_spaced
+from data import PictureError, evenly_spaced
 from flowseg_tools import draw
 from flowseg_tools.predict import segment_photo, to_input
 from flowseg_tools.runs import RunError, environment, replace_text
@@ -54,9 +54,10 @@ class Log:
     def lines(self) -> list[dict]:
         """What was logged until now."""
         found = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
+        with suppress(OSError):
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError, RecursionError):
+                    found.append(json.loads(line))
         return found
 
     def rewind(self, step: int, validated: int) -> None:
@@ -126,8 +127,12 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
     run.log.write(run.step, **scores, crispness=sum(distances) / len(distances))
     title = f"step {run.step:,}: validation mIoU {scores['mIoU']:.1%}"
     palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
-    draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
-    draw.save(run.folder / "curves.png", draw.training_curves(run.log.lines()))
+    try:
+        draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
+        if lines := run.log.lines():
+            draw.save(run.folder / "curves.png", draw.training_curves(lines))
+    except PictureError as error:
+        run.console.print(f"warning: {error}; training goes on", style="yellow")
 
 
 def crispness(model: FlowSeg, x: Tensor) -> float:

@@ -124,8 +124,8 @@ def error_sheet(
     tiles.append(error_map(photo, truth, prediction))
     captions = ["image", "truth", "prediction", "errors (red)"]
     sheet = draw.grid([draw.fit(tile, side) for tile in tiles], captions, 2, title)
-    pixels = np.bincount(np.concatenate([truth, prediction]).ravel(), minlength=256)
-    return draw.with_legend(sheet, draw.legend_entries(pixels, classes, palette), most=24, size=20)
+    entries = draw.legend_entries(np.concatenate([truth, prediction]), classes, palette)
+    return draw.with_legend(sheet, entries, most=24, size=20)
 
 
 def error_map(photo: Image.Image, truth: np.ndarray, prediction: np.ndarray) -> Image.Image:

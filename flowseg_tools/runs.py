@@ -4,7 +4,7 @@
     metrics.jsonl           a line for every report
     last, best.safetensors  EMA weights, which other commands read
     state.safetensors       all that the next training step depends on; previous.safetensors: the state before
-    preview.png             a few validation images
+    preview.png, curves.png a few validation images; loss, mIoU and learning rate
 
 Weights and states are written whole or not at all.
 """

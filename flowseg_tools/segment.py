@@ -12,12 +12,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import glob
+from io import BytesIO
 from pathlib import Path
-from threading import Condition, Lock
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +37,9 @@ from model import FlowSeg
 
 Photo = Path | str  # a file, or "-", which is standard input
 NETWORK = Lock()  # one photo at a time: the network uses all cores by itself
-PIXELS_IN_HAND = MAX_PIXELS  # of all photos that are worked on at a time: about 16 bytes each
+THREADS = 3  # photos in hand at a time: one in the network, others are read or written
+SMALL_PIXELS = 16_000_000  # of larger photos only one is in hand at a time: a pixel takes some 12 bytes
+LARGE = Lock()
 BAND_ROWS = 256  # rows of a photo whose pixels are counted or converted at a time
 SIGNATURE = "photo"  # the key of the text in a mask that tells which photo it was made from
 PICTURES = {*SUFFIXES, *FOREIGN}  # what cannot be read is named rather than passed over
@@ -129,13 +132,9 @@ def choose_output(paths: Sequence[str], count: int, output: Path | None, labelma
             photo = Path(paths[0])
             return photo.with_name(f"{photo.stem}-mask.png"), True
         raise RunError(f"{count} photos without -o; add -o FOLDER (or -o mask.png for one photo)")
-    if output.is_dir():
-        single = False
-    elif output.suffix.lower() == ".png":
-        single = True
-    else:
-        single = named and bool(output.suffix)
-    if single and (count > 1 or output.suffix.lower() != ".png"):
+    png = output.suffix.lower() == ".png"
+    single = not output.is_dir() and (png or (named and bool(output.suffix)))
+    if single and (count > 1 or not png):
         raise RunError(f"-o {output} for {count} photos; expected a .png for one, else a folder")
     if "-" in paths and not single:
         raise RunError(f"-o {output} for standard input; expected a .png, as in -o mask.png")
@@ -207,15 +206,13 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def signature(photo: Path | bytes) -> str:
     """A short hash of a photo's bytes, of which only both ends are read."""
-    if isinstance(photo, bytes):
-        parts = [photo[:65536], photo[-65536:], str(len(photo)).encode()]
-    else:
-        size = photo.stat().st_size
-        with open(photo, "rb") as file:
-            parts = [file.read(65536)]
-            file.seek(max(0, size - 65536))
-            parts += [file.read(65536), str(size).encode()]
-    return hashlib.blake2b(b"".join(parts), digest_size=8).hexdigest()
+    with BytesIO(photo) if isinstance(photo, bytes) else open(photo, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        content = file.read(65536)
+        file.seek(max(0, size - 65536))
+        content += file.read() + str(size).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _header(file: Photo) -> tuple[int, str, dict]:
@@ -244,36 +241,12 @@ def _made_from_another(task: Task) -> bool:
 # ---------------------------------------------------------------- many photos
 
 
-class Budget:
-    """Lets photos be worked on at the same time while they have at most `limit` pixels together."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.free = limit
-        self.changed = Condition()
-
-    @contextmanager
-    def hold(self, pixels: int) -> Iterator[None]:
-        """Wait until there is room; a photo larger than the limit waits until it is alone."""
-        pixels = min(pixels, self.limit)
-        with self.changed:
-            self.changed.wait_for(lambda: self.free >= pixels)
-            self.free -= pixels
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.free += pixels
-                self.changed.notify_all()
-
-
 def segment_all(planned: Iterable[Task], work: Callable[..., dict]) -> Iterator[dict]:
     """Let `work(photo, files)`, a `segment_one`, do what was planned; yield a record of each photo, in order.
 
     A record has photo, mask, state (segmented, skipped or failed), note to the user, and what `work` returns.
     Whatever goes wrong at a photo fails that photo alone.
     """
-    budget = Budget(PIXELS_IN_HAND)
 
     def attempt(task: Task) -> dict:
         record = {"photo": str(task.photo), "mask": str(task.mask), "state": "segmented", "note": ""}
@@ -287,13 +260,12 @@ def segment_all(planned: Iterable[Task], work: Callable[..., dict]) -> Iterator[
                 note = f"{task.photo}: skipped, {task.mask} exists (--force)"
                 return record | {"state": "skipped", "note": note}
             pixels, *_ = _header(task.photo)
-            with budget.hold(pixels):
+            with LARGE if pixels > SMALL_PIXELS else nullcontext():
                 return record | work(task.photo, task.files)
         except Exception as error:
             return record | {"state": "failed", "note": _explain(task.photo, error)}
 
-    # While one photo is in the network, others are read or written.
-    pool = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)))
+    pool = ThreadPoolExecutor(THREADS)
     try:
         futures = [pool.submit(attempt, task) for task in planned]
         for future in futures:
@@ -314,11 +286,10 @@ def _explain(photo: Photo, error: Exception) -> str:
 def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet: bool) -> Iterator[dict]:
     """Pass the records on, saying what becomes of each photo, how fast it goes, and at the end the sum."""
     counts = Counter()
-    counted = total > 1 and not quiet
-    # A bar stays whole only if its own console prints what comes above it.
+    # A bar stays whole only if its own console prints what comes above it. For a single photo it only pulses.
     screen = err if err.is_terminal and out.is_terminal else out
-    with Progress(console=err, transient=True, disable=not counted or not err.is_terminal) as bar:
-        task = bar.add_task("", total=total)
+    with Progress(console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
+        task = bar.add_task("segmenting", total=total if total > 1 else None)
         for record in records:
             yield record
             counts[record["state"]] += 1
@@ -330,7 +301,7 @@ def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet:
                 err.print(printable(record["note"]))
             speed = bar.tasks[0].speed or 0
             bar.update(task, advance=1, description=f"{speed:.1f} images/s")
-    if counted:
+    if total > 1 and not quiet:
         err.print(", ".join(f"{count} {state}" for state, count in counts.items()))
 
 
@@ -347,7 +318,7 @@ def report(file: Path, records: list[dict]) -> None:
 
 def _records(file: Path) -> list[dict] | None:
     """The records of an earlier report, or None if the file is none."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         found = json.loads(file.read_text())
         if all(isinstance(record["photo"], str) for record in found):
             return found
@@ -433,9 +404,7 @@ def write_labelmap(folder: Path, model: FlowSeg, raw_ids: bool, force: bool) -> 
     if raw_ids and isinstance(info.ids[0], str):
         colors = info.ids
     elif raw_ids and max(info.ids) > 255:
-        raise RunError(
-            "--labelmap with --ids raw: ids over 255 have no colour in a mask; leave out --ids raw"
-        )
+        raise RunError("--labelmap with --ids raw: ids over 255 have no colour; leave out --ids raw")
     lines = ["# label:color_rgb:parts:actions"]
     palette = draw.palette(model.centroids.cpu().numpy(), colors).tolist()
     for name, color in zip(info.classes, palette, strict=True):

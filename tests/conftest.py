@@ -1,8 +1,16 @@
-"""No test may reach the network: a connection to anything but this machine fails at once."""
+"""No test may reach the network, and signals reach the tests also where they run in the background."""
 
+import signal
 import socket
 
 import pytest
+
+
+def pytest_configure(config):
+    # A shell that starts a command in the background, or nohup, has it ignore these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from data import DataError, FolderDataset, ShapesDataset, open_dataset
-from flowseg_tools.check import before_training, describe, draw_preview, fingerprint, hints, problems
+from flowseg_tools.check import (
+    before_training,
+    count_values,
+    describe,
+    draw_preview,
+    fingerprint,
+    hints,
+    problems,
+)
 from tests.test_data import CLASSES, make_folder, mask_of, write
 
 
@@ -271,3 +279,14 @@ def test_the_preview_has_image_mask_and_crop_of_eight_samples(tmp_path):
     assert sheet.width > 200 and sheet.height > 200
     draw_preview("shapes", None, tmp_path / "shapes.png")
     assert (tmp_path / "shapes.png").stat().st_size > 10_000
+
+
+def test_values_are_counted_like_one_by_one():
+    rng = np.random.default_rng(0)
+    for raw in (
+        rng.integers(0, 5, (9, 7)),
+        rng.integers(-3, 3, (8, 1)).astype(np.int32),
+        np.full((4, 4), 9, np.uint8),
+    ):
+        values, counts = np.unique(raw, return_counts=True)
+        assert count_values(raw) == dict(zip(values.tolist(), counts.tolist(), strict=True))

@@ -11,6 +11,7 @@ from experiments import fuzz
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(fuzz.os, "fork"), reason="attempts are processes of their own")
 def test_no_attempt_of_a_short_seed_fails():
     command = [sys.executable, "-m", "experiments.fuzz", "--attempts", "3", "--minutes", "5"]
@@ -40,6 +41,7 @@ def test_what_a_failure_is(code, said, reason, tmp_path):
     assert fuzz.verdict(0, '{"mIoU": null}\0warning: a\n', "toml", tmp_path) == ""
 
 
+@pytest.mark.slow
 def test_an_attempt_that_hangs_or_fills_the_memory_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     for work in (lambda: fuzz.time.sleep(60), lambda: sum(iter(int, 1))):

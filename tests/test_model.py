@@ -207,6 +207,45 @@ def test_distances_do_not_cancel_near_a_centroid():
     assert torch.allclose(phi.double(), exact[0], rtol=1e-3, atol=1e-6)
 
 
+@pytest.fixture(params=["none", "ieee", "tf32", "bf16"])
+def precision(request):
+    """What float32 products of a CPU may be computed in."""
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = request.param
+    yield request.param
+    backend.fp32_precision = before
+
+
+def test_distances_and_potential_are_float32_whatever_products_may_be(precision, monkeypatch):
+    """Also under autocast; the setting of PyTorch is left as it was."""
+    backend = torch.backends.mkldnn.matmul
+    seen = []
+    real = method.without_autocast
+    monkeypatch.setattr(
+        method, "without_autocast", lambda device: seen.append(backend.fp32_precision) or real(device)
+    )
+    generator = torch.Generator().manual_seed(0)
+    mu = coded_centroids(100, 11)
+    y = torch.randint(0, 100, (500,), generator=generator)
+    x = mu[y] + torch.randn(500, 11, generator=generator)
+    exact = (x.double() - mu.double()[:, None]).square().sum(-1)
+    phi, grad = potential_gradient(x.double(), y, mu.double(), 1.0, 0.5)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        d, _ = squared_distances(x, mu)
+        found = potential_gradient(x, y, mu, 1.0, 0.5)
+    assert torch.allclose(d.double(), exact, rtol=1e-4)
+    assert torch.allclose(found[0].double(), phi, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(found[1].double(), grad, rtol=1e-3, atol=1e-4)
+    assert len(seen) > 1
+    assert not set(seen) & {"tf32", "bf16"}
+    assert backend.fp32_precision == precision
+    with pytest.raises(KeyboardInterrupt), method.exact_float32(x.device):
+        raise KeyboardInterrupt
+    assert backend.fp32_precision == precision
+
+
 # ---------------------------------------------------------------- network
 
 

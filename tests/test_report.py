@@ -12,7 +12,7 @@ from data import LabelTable, ShapesDataset
 from flowseg_tools import draw, report
 from flowseg_tools.predict import segment_photo
 from model import FlowSeg, ModelConfig
-from tests.test_cli import fails, flowseg
+from tests.test_cli import QUICK, fails, flowseg, make_folder
 from train import Metrics, confusion_matrix, evaluate
 
 NAMES = ("sky", "road", "tree")
@@ -183,3 +183,18 @@ def test_eval_writes_a_report_and_sorts_its_table(scenes):
         "cannot write into w.safetensors",
     )
     fails(flowseg(*call, "--font", "w.safetensors", cwd=scenes.folder), 1, "--font w.safetensors")
+
+
+def test_pictures_of_a_run_are_drawn_at_every_validation_and_never_end_it(tmp_path):
+    make_folder(tmp_path / "halves")
+    call = ("train", "--dataset", "halves", "-o", "run", *QUICK)
+    assert flowseg(*call, "--max-steps", 2, cwd=tmp_path).returncode == 0
+    folder = tmp_path / "run"
+    assert Image.open(folder / "curves.png").width == 900 and Image.open(folder / "preview.png").width > 100
+    for name in ("preview.png", "curves.png"):
+        (folder / name).unlink()
+    (folder / "preview.png").mkdir()
+    result = flowseg(*call, "--max-steps", 4, "--allow-changes", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "warning: cannot write run/preview.png" in result.stderr
+    assert (folder / "best.safetensors").exists()

@@ -95,6 +95,7 @@ def test_activation_checkpointing_changes_nothing():
     assert_equal(outcome(network, size), outcome(reference, size))
 
 
+@pytest.mark.slow
 def test_the_network_compiles_as_one_graph():
     config, B, h, w = drawn(3)
     network = trained(config)
@@ -145,6 +146,7 @@ def test_phi_is_exact_where_the_probability_of_the_label_is_no_float():
     assert torch.allclose(grad.double(), exact_grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", bench.SECTIONS)
 def test_the_bench_runs(section, tmp_path, capsys):
     if section in ("network", "potential") and sys.platform != "linux":
