@@ -30,8 +30,10 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False, markup=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-DOWNLOADS = "ade20k, coco-stuff, camvid, pixnerd-xl-256, pixnerd-xl-512, dinov2-s14, dinov2-s14-reg, "
-DOWNLOADS += "dinov2-b14, dinov2-b14-reg, dinov2-l14, dinov2-l14-reg"
+DOWNLOADS = (
+    "ade20k, coco-stuff, camvid, pixnerd-xl-256, pixnerd-xl-512, dinov2-s14, dinov2-s14-reg, "
+    "dinov2-b14, dinov2-b14-reg, dinov2-l14, dinov2-l14-reg"
+)
 RECIPES = ("ade20k-256", "ade20k-512", "coco-stuff-256", "coco-stuff-512")
 NEWEST = "Weights or run directory; by default of the newest run under runs/."
 DATA, MODEL, METHOD, TRAINING = "Data", "Model", "Method", "Training"  # panels of the help
