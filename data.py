@@ -132,7 +132,10 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
     """Return all keys of a dataset.toml, defaults from KEYS, and its table; ValueError says what is wrong."""
     content = path.read_bytes()
     _require(b"\0" not in content, "is not UTF-8 but probably UTF-16; save it as UTF-8")
-    given = tomllib.loads(content.decode("utf-8-sig"))  # with or without a byte-order mark
+    try:
+        given = tomllib.loads(content.decode("utf-8-sig"))  # with or without a byte-order mark
+    except RecursionError:
+        raise ValueError("has brackets in brackets, hundreds deep; expected plain lists") from None
     for key, value in given.items():
         _require(key in KEYS, f"unknown key {key!r}; expected {', '.join(KEYS)}{nearest(key, KEYS)}")
         kind = type(KEYS[key])

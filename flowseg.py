@@ -401,13 +401,17 @@ def info(
     elif "splits" in facts:
         print_dataset(facts)
     else:
+        from flowseg_tools.terminal import printable
+
         for name, value in facts.items():
-            out.print(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+            out.print(printable(f"{name}: {value if isinstance(value, str) else json.dumps(value)}"))
     raise typer.Exit(3 if facts.get("problems") else 0)
 
 
 def print_dataset(facts: dict) -> None:
     """Print what `describe` found: the label table with the share of every class, counts and problems."""
+    from flowseg_tools.terminal import printable
+
     parts = facts["splits"]
     rows = []
     for entry in facts["classes"]:
@@ -422,9 +426,9 @@ def print_dataset(facts: dict) -> None:
         ignored = part["ignored"] / max(1, total)
         out.print(f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} ignored")
     for note in facts["notes"]:
-        out.print(f"note: {note}", style="yellow")
+        out.print(printable(f"note: {note}"), style="yellow")
     for problem in facts["problems"]:
-        out.print(f"problem: {problem}", style="red")
+        out.print(printable(f"problem: {problem}"), style="red")
     out.print(f"problems: {len(facts['problems']) or 'none'}")
 
 
@@ -493,9 +497,11 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def print_table(columns: tuple, rows: list) -> None:
     """Print names to the left and numbers to the right; as wide as needed when piped."""
+    from flowseg_tools.terminal import printable
+
     table = Table(columns[0], *(Column(name, justify="right") for name in columns[1:]), box=None)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(printable(cell) for cell in row))
     out.print(table)
 
 

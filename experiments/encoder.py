@@ -56,7 +56,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--vit-steps", type=int, default=600, help="of the transformer's own training")
+    parser.add_argument("--steps", type=int, default=200, help="of every row")
     parser.add_argument("--data", nargs="*", default=["shapes-fine"])
     parser.add_argument("--root", default="")
     parser.add_argument("--seeds", type=int, default=3)
@@ -67,7 +68,7 @@ def main() -> None:
     # With a narrow convolutional path most of what is learned has to be learned by the transformer.
     if not untrained.exists():
         write_untrained(untrained)
-    steps = ["--max-steps", "800", "--set", "eval_every=400", "--set", "conv_width=8"]
+    steps = ["--max-steps", str(given.vit_steps), "--set", "eval_every=400", "--set", "conv_width=8"]
     score = train(given.folder / "shapes", "--encoder", str(untrained), "--finetune-encoder", *steps)
     write_trained(trained, given.folder / "shapes/best.safetensors")
     print(f"the transformer's own training on shapes: {score:.1%}", flush=True)

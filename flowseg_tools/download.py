@@ -313,7 +313,11 @@ def fetch(item: Item, path: Path, max_bytes: int | None, console: Console) -> No
             try:
                 receive(item, path, file, limit, show)
                 break
-            except (ValueError, InvalidURL) as error:  # an address or a header that makes no sense
+            except (
+                ValueError,
+                OverflowError,
+                InvalidURL,
+            ) as error:  # an address or a header that makes no sense
                 raise DownloadError(f"{item.url}: {error}; {OTHER_SOURCE}") from error
             except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
                 code = getattr(error, "code", None)
@@ -378,7 +382,8 @@ class WebRedirects(HTTPRedirectHandler):
     """Redirects are followed to http and https only."""
 
     def redirect_request(self, request, answer, code, reason, headers, address) -> Request | None:
-        """Return the request that a redirect asks for."""
+        """Return the request that a redirect asks for; its text, which may be of any size, is not read."""
+        answer.close()
         if not address.startswith(WEB):
             raise DownloadError(f"{request.full_url} leads to {address}; {OTHER_SOURCE}")
         return super().redirect_request(request, answer, code, reason, headers, address)

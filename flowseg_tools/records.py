@@ -56,8 +56,10 @@ class Log:
         found = []
         with suppress(OSError):
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, RecursionError):
-                    found.append(json.loads(line))
+                with suppress(ValueError, RecursionError, AttributeError):
+                    values = json.loads(line)
+                    if all(type(value) in (int, float, type(None)) for value in values.values()):
+                        found.append(values)
         return found
 
     def rewind(self, step: int, validated: int) -> None:

@@ -453,7 +453,15 @@ def test_the_dry_run_counts_a_frozen_encoder_without_gradient_and_moments():
     assert rows["vit-s", "true"] - rows["vit-s", "false"] > 12e-9 * 22_000_000
 
 
-def test_an_encoder_is_trained_with_resumed_and_said(tmp_path):
+def test_an_encoder_is_compiled_in_one_graph(tmp_path):
+    model = encoded(stored(tmp_path, registers=1), finetune_encoder=True)
+    image = torch.rand(2, 3, 32, 48) * 2 - 1
+    expected = model.network.encode_image(image)
+    compiled = torch.compile(model.network.encode_image, backend="eager", fullgraph=True)(image)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(expected, compiled, strict=True))
+
+
+def test_an_encoder_is_used_frozen_or_trained_and_said(tmp_path):
     path = stored(tmp_path, registers=2)
     for name, finetune in (("frozen", "false"), ("tuned", "true")):
         settings = (f"encoder={path}", f"finetune_encoder={finetune}", "save_every=2")
@@ -465,11 +473,6 @@ def test_an_encoder_is_trained_with_resumed_and_said(tmp_path):
         assert (weights_hash(model.network.vit) == weights_hash(start)) == (finetune == "false")
         state = load_file(tmp_path / name / "state.safetensors")
         assert any("optimizer" in key and ".vit." in key for key in state) == (finetune == "true")
-
-        shorter = tmp_path / f"{name} in parts"
-        run(shorter, *settings, max_steps=2)
-        before = load_file(shorter / "state.safetensors")
-        assert any(".vit." in key for key in before)
 
 
 def test_a_preset_for_an_encoder_needs_one(tmp_path):
@@ -527,9 +530,13 @@ def test_weight_zero_trains_as_without_a_teacher(tmp_path):
     assert all(torch.equal(zero[name], without[name]) for name in without)
 
 
-@pytest.mark.parametrize("settings", [(), ("grad_accum_steps=2", "dtype=bfloat16")], ids=str)
-def test_an_interrupted_run_with_a_teacher_continues_bit_for_bit(tmp_path, monkeypatch, settings):
-    settings = (*settings, f"teacher={stored(tmp_path)}", "save_every=2")
+@pytest.mark.parametrize("settings", [
+    ("teacher={}",), ("teacher={}", "grad_accum_steps=2", "dtype=bfloat16"),
+    ("encoder={}", "finetune_encoder=true"), ("encoder={0}", "teacher={0}"),
+], ids=str)  # fmt: skip
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch, settings):
+    path = stored(tmp_path)
+    settings = (*(setting.format(path) for setting in settings), "save_every=2")
     run(tmp_path / "whole", *settings)
     real, calls = training.backward, []
 
@@ -569,9 +576,12 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), ("grad_accum_steps=2",)], ids=str)
+@pytest.mark.parametrize("settings", [
+    (), ("grad_accum_steps=2",), ("encoder={}",), ("encoder={}", "finetune_encoder=true"),
+], ids=str)  # fmt: skip
 def test_two_processes_with_a_teacher_are_one(tmp_path, settings):
-    settings = (*settings, f"teacher={stored(tmp_path)}")
+    path = stored(tmp_path)
+    settings = (*(setting.format(path) for setting in settings), f"teacher={path}")
     test_runs.run(tmp_path / "one", *settings)
     done = test_runs.torchrun(tmp_path / "two", *settings)
     assert done.returncode == 0, done.stderr
