@@ -67,7 +67,7 @@ class ModelConfig:
     finetune_encoder: bool = False  # train it, too
     # The flow. The paper has encoding kronecker, 3 dimensions, tau 1 and weight 1; docs/RESULTS.md compares.
     encoding: str = "coded"  # | kronecker
-    encoding_dims: int = 19  # channels of the state
+    encoding_dims: int = 0  # channels of the state; 0: as few as serve, 11 up to 16 classes, else 19
     objective: str = "reshaped"  # | vanilla: without the gradient of the potential
     eps: float = 0.3  # in units of the least squared distance between two centroids
     tau: float = 0.15  # at a centroid, its class is then e^10 times as probable as the next one
@@ -77,6 +77,9 @@ class ModelConfig:
 
     def __post_init__(self):
         check_ranges(self, MODEL_RANGES)
+        if self.encoding_dims == 0:
+            fewest = 11 if self.num_classes <= 16 else 19
+            object.__setattr__(self, "encoding_dims", 3 if self.encoding == "kronecker" else fewest)
         if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
         if self.conv_width % 8:
@@ -85,7 +88,7 @@ class ModelConfig:
             expected = f"a multiple of 4 x {self.num_heads} heads"
             raise ValueError(f"hidden_size is {self.hidden_size}; expected {expected}")
         if self.encoding == "coded" and not self.num_classes <= 2 ** (self.encoding_dims - 3) <= 2**16:
-            expected = f"19 or less, and enough for {self.num_classes} words of encoding_dims - 3 bits"
+            expected = f"at most 19, and enough for {self.num_classes} words of encoding_dims - 3 bits"
             raise ValueError(f"encoding_dims is {self.encoding_dims}; expected {expected}")
 
 
@@ -93,7 +96,7 @@ MODEL_RANGES = {  # lowest and highest value of every number, or all words that 
     "num_classes": (2, 255), "patch_size": (1, 64), "hidden_size": (4, 16_384), "depth": (0, 1000),
     "num_heads": (1, 1024), "nerf_depth": (0, 100), "nerf_width": (1, 4096), "nerf_mlp_ratio": (1, 64),
     "vit_width": (0, 4096), "vit_depth": (1, 100), "vit_patch": (1, 64), "vit_grid": (1, 1000),
-    "vit_registers": (0, 100), "conv_width": (8, 4096), "encoding_dims": (3, 255),
+    "vit_registers": (0, 100), "conv_width": (8, 4096), "encoding_dims": (0, 255),
     "tokens_of": ("image", "state"), "encoding": ("coded", "kronecker"),
     "objective": ("reshaped", "vanilla"), "eps": (1e-9, 1e6), "tau": (1e-4, 1e4),
     "phi_weight": (0.0, 1e6), "later_share": (0.0, 1.0), "steps": (1, 1000),
@@ -138,12 +141,13 @@ def kronecker_centroids(num_classes: int, dims: int = 3) -> Tensor:
     return (2 * (c - low) / (high - low).clamp_min(1e-12) - 1).float()
 
 
-def coded_centroids(num_classes: int, dims: int = 19) -> Tensor:
+def coded_centroids(num_classes: int, dims: int) -> Tensor:
     """The default encoding: centroids (N, dims) float32, three class colours followed by a code word.
 
     The colours are the paper's centroids in 3 dimensions. The words of dims - 3 letters -1 or 1 differ in as
-    many places as possible, so that all centroids lie about equally far from each other: up to 32 words of
-    16 letters differ in at least 8 of them, 128 words in 6, 255 in 5 (a lexicode: Conway and Sloane, 1986).
+    many places as possible, so that all centroids lie about equally far from each other: 16 words of 8
+    letters differ in at least 4 of them; of 16 letters, 32 words in 8, 128 in 6, 255 in 5 (a lexicode: Conway
+    and Sloane, 1986).
     """
     # All words in lexicographic order: the bits of 0, 1, 2, .., as letters -1 and 1.
     length = dims - 3
@@ -646,6 +650,11 @@ def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequentia
     return nn.Sequential(*layers)
 
 
+def map_pixels(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear map of the channels of x (B, C, H, W): faster than a 1 x 1 convolution if they come last."""
+    return layer(x.movedim(1, -1)).movedim(-1, 1)
+
+
 class ImageEncoder(nn.Module):
     """Convolutional pyramid with a top-down path, as in a feature pyramid network; it runs once per image.
 
@@ -657,7 +666,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.down = nn.ModuleList([conv_block(3, widths[0])])
         self.down.extend(conv_block(fine, coarse, stride=2) for fine, coarse in pairwise(widths))
-        lateral = (nn.Conv2d(coarse, fine, 1, bias=False) for fine, coarse in pairwise(widths))
+        lateral = (nn.Linear(coarse, fine, bias=False) for fine, coarse in pairwise(widths))
         self.lateral = nn.ModuleList(lateral)
         self.up = nn.ModuleList(conv_block(fine, fine) for fine in widths[:-1])
 
@@ -672,7 +681,8 @@ class ImageEncoder(nn.Module):
 
         # Up: every level is added to the finer one.
         for i in reversed(range(len(self.up))):
-            wide = F.interpolate(self.lateral[i](levels[i + 1]), scale_factor=2, mode="bilinear")
+            narrow = map_pixels(self.lateral[i], levels[i + 1])
+            wide = F.interpolate(narrow, scale_factor=2, mode="bilinear")
             levels[i] = self.up[i](wide + levels[i])
         return levels
 
@@ -734,7 +744,7 @@ class Network(nn.Module):
         self.image_encoder = ImageEncoder(widths)
         self.image_to_token = nn.Linear(widths[-1], D, bias=False)
         self.image_to_pixel = nn.Linear(widths[0], width, bias=False)
-        heads = (nn.Conv2d(channels, dims, 1, bias=False) for channels in widths[:-1])
+        heads = (nn.Linear(channels, dims, bias=False) for channels in widths[:-1])
         self.image_to_velocity = nn.ModuleList(heads)
         self.token_to_velocity = nn.Linear(D, dims, bias=False)
 
@@ -769,7 +779,7 @@ class Network(nn.Module):
         # A velocity from coarse to fine, as a Laplacian pyramid: every level refines the enlarged one before.
         for i in reversed(range(len(levels) - 1)):
             wide = F.interpolate(velocity, scale_factor=2, mode="bilinear")
-            velocity = wide + self.image_to_velocity[i](levels[i])
+            velocity = wide + map_pixels(self.image_to_velocity[i], levels[i])
 
         # Positions enter the pixel queries linearly and are the same at every step, so they are added here.
         pixels = pixels_of_patches(levels[0], P)  # (B, L, P P, C)

@@ -51,12 +51,12 @@ class TrainConfig:
     preset: str = "tiny"
     init: str = ""  # weights or run directory to start from
     seed: int = 0
-    max_steps: int = 480
+    max_steps: int = 600
     batch_size: int = 8  # images per training step, over all processes
     grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
     crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
     optimizer: str = "muon"  # | adamw
-    lr: float = 4e-3
+    lr: float = 6e-3
     warmup_steps: int = 60  # linear warm-up, then cosine to zero
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
@@ -65,8 +65,8 @@ class TrainConfig:
     teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
-    eval_every: int = 160
-    save_every: int = 160
+    eval_every: int = 200
+    save_every: int = 200
     log_every: int = 25
     num_workers: int = 0  # processes that load images
     max_pixels: int = MAX_PIXELS  # the largest picture that is opened

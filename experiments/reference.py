@@ -113,7 +113,9 @@ class Reference(Network):
         P = self.config.patch_size
         levels = self.image_encoder(image)
         tokens = self.image_to_token(levels[-1].flatten(2).transpose(1, 2))  # (B, L, D)
-        maps = [head(level) for head, level in zip(self.image_to_velocity, levels[:-1], strict=True)]
+        maps = []
+        for head, level in zip(self.image_to_velocity, levels[:-1], strict=True):
+            maps.append(torch.einsum("bfhw,cf->bchw", level, head.weight))
         if self.config.tokens_of == "image":
             tokens = self.blocks_on(image, torch.zeros(len(image)), tokens)
             maps.append(self.spread(tokens, image.shape[2] // P))
