@@ -119,7 +119,7 @@ class Reference(Network):
         if self.config.tokens_of == "image":
             tokens = self.blocks_on(image, torch.zeros(len(image)), tokens)
             maps.append(self.spread(tokens, image.shape[2] // P))
-        velocity = maps.pop()
+        velocity = maps.pop() if maps else 0
         while maps:
             velocity = F.interpolate(velocity, maps[-1].shape[2:], mode="bilinear") + maps.pop()
         fine = levels[0]

@@ -195,8 +195,9 @@ def widened(source: Network, target: Network) -> dict[str, Tensor]:
     more = max(0, target.config.encoding_dims - dims)
     state, position = weights["pixel_embed.weight"].split([dims, POSITION_COLUMNS], dim=1)
     weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, more)), position], dim=1)
-    columns = own["patch_embed.weight"].shape[1] - weights["patch_embed.weight"].shape[1]
-    weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, max(0, columns)))
+    if target.config.tokens_of == "state":
+        area = target.config.patch_size**2
+        weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
     weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, more))
     weights["head.bias"] = F.pad(weights["head.bias"], (0, more))
 
