@@ -643,21 +643,34 @@ class ShapesDataset:
 Dataset = FolderDataset | ShapesDataset
 
 
-def open_dataset(dataset: str, split: str, root: Path | None = None, strict: bool = True) -> Dataset:
+BUILT_IN = ("shapes", "shapes-fine")
+
+
+def locate(dataset: str, root: str | Path | None = None) -> tuple[str, str]:
+    """Return a name and the data root below which its folder is; or a folder, or a built-in name, and "".
+    DataError: there is no such data set."""
+    if dataset in BUILT_IN:
+        return dataset, ""
+    folder = Path(dataset).expanduser()
+    named = not folder.is_absolute() and (data_root(root) / dataset / "dataset.toml").is_file()
+    if dataset in TABLES or named:
+        return dataset, str(data_root(root))
+    if folder.is_dir():
+        return str(folder), ""
+    others = [path.parent.name for path in data_root(root).glob("*/dataset.toml")]
+    known = [*BUILT_IN, *TABLES, *others]
+    expected = f"{', '.join(known)} or a folder with a dataset.toml, which flowseg init DIR drafts"
+    raise DataError(f"data set {dataset!r} not found; expected {expected}{nearest(dataset, known)}")
+
+
+def open_dataset(dataset: str, split: str, root: str | Path | None = None, strict: bool = True) -> Dataset:
     """Open "shapes", "shapes-fine", a folder below the data root, or a path; DataError otherwise."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown; expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
-    if dataset in ("shapes", "shapes-fine"):
-        return ShapesDataset(split, fine=dataset == "shapes-fine")
-    named = data_root(root) / dataset
-    if dataset in TABLES or (named / "dataset.toml").is_file():
-        return FolderDataset(named, split, strict)
-    if (folder := Path(dataset).expanduser()).is_dir():
-        return FolderDataset(folder, split, strict)
-    others = [path.parent.name for path in data_root(root).glob("*/dataset.toml")]
-    known = ["shapes", "shapes-fine", *TABLES, *others]
-    expected = f"{', '.join(known)} or a folder with a dataset.toml, which flowseg init DIR drafts"
-    raise DataError(f"data set {dataset!r} not found; expected {expected}{nearest(dataset, known)}")
+    place, above = locate(dataset, root)
+    if place in BUILT_IN:
+        return ShapesDataset(split, fine=place == "shapes-fine")
+    return FolderDataset(Path(above, place), split, strict)
 
 
 # ---- training samples ----

@@ -251,19 +251,17 @@ def before_training(parts: list[Dataset], say: Callable[[str], None]) -> None:
             say(f"warning: {part.split}: {line}")
 
 
-def fingerprint(dataset: Dataset) -> dict:
-    """Return what a resumed run must find again: classes, ids, ignore, number and hash of its files."""
-    table = dataset.labels
-    names = []
-    for pair in dataset.pairs if isinstance(dataset, FolderDataset) else ():
-        names += [os.path.relpath(path, dataset.root).replace(os.sep, "/") for path in pair]
-    files = f"{len(dataset)} {sha256(json.dumps(names).encode()).hexdigest()[:16]}"
-    return {
-        "classes": list(table.classes),
-        "ids": list(table.ids),
-        "ignore": list(table.ignore),
-        "files": files,
-    }
+def fingerprint(parts: list[Dataset]) -> dict:
+    """Return what a resumed run looks at again: classes, ids, ignore, and the files of every split."""
+    table = parts[0].labels
+    facts = {"classes": list(table.classes), "ids": list(table.ids), "ignore": list(table.ignore)}
+    for part in parts:
+        names = []
+        for pair in part.pairs if isinstance(part, FolderDataset) else ():
+            names += [os.path.relpath(path, part.root).replace(os.sep, "/") for path in pair]
+        digest = sha256(json.dumps(names).encode()).hexdigest()[:8]
+        facts[f"{part.split} files"] = f"{len(part):,} images, list {digest}"
+    return facts
 
 
 def draw_preview(dataset: str, root: Path | None, file: Path) -> None:
