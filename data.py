@@ -35,10 +35,21 @@ KEYS = {"name": "", "classes": [], "ids": [], "ignore": [], "splits": [], "valid
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no other decoder ever sees a user's bytes
 SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {
     ".jpg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}  # fmt: skip
-FOREIGN = {".heic": "HEIC", ".heif": "HEIC", ".jp2": "JPEG 2000", ".psd": "Photoshop", ".dng": "raw"}
+CONVERT = "convert photos to JPEG, masks to PNG"
+FOREIGN = {  # what is a picture, but not read, by its suffix
+    ".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".jp2": "JPEG 2000", ".j2k": "JPEG 2000",
+    ".jxl": "JPEG XL", ".psd": "Photoshop", ".exr": "OpenEXR", ".svg": "SVG", ".dcm": "DICOM",
+    ".tga": "Targa", ".ppm": "PNM", ".pgm": "PNM", ".pbm": "PNM", ".dng": "raw", ".cr2": "raw",
+    ".cr3": "raw", ".nef": "raw", ".arw": "raw", ".orf": "raw", ".raf": "raw", ".rw2": "raw"}  # fmt: skip
+CONTENT = {  # the same, and others, by how the content begins
+    "AVIF": rb"....ftyp.{0,24}avi[fs]", "HEIC": rb"....ftyp.{0,24}(hei|hev|mif1|msf1)",
+    "a video": rb"....ftyp", "JPEG 2000": rb"....jP  |\xff\x4f\xff\x51", "JPEG XL": rb"....JXL |\xff\x0a",
+    "Photoshop": rb"8BPS", "PDF": rb"%PDF", "OpenEXR": rb"v/1\x01", "DICOM": rb".{128}DICM",
+    "PNM": rb"P[1-7]\s", "SVG": rb"\s*(<\?xml[^>]*>\s*)?<svg", "a NumPy array": rb"\x93NUMPY"}  # fmt: skip
 LOSSY = {"JPEG", "MPO", "AVIF", "HEIF", "jpeg", "tiff_jpeg", "webp"}  # formats, and compressions of a TIFF
 LITTER = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")  # folders that systems make
 MAX_PIXELS = 250_000_000  # a larger picture is taken for a decompression bomb
+MANY_BYTES = 256_000_000  # a larger file is read only if it begins like a picture
 
 
 class DataError(Exception):
@@ -107,7 +118,7 @@ class LabelTable:
 
     def to_train(self, raw: np.ndarray, where: str) -> np.ndarray:
         """Map (H, W) raw numbers to (H, W) uint8 train ids; DataError names `where` and an unknown value."""
-        if raw.min() >= 0 and raw.max() < len(self._lookup) and (labels := self._lookup[raw]).all():
+        if raw.min() >= 0 and raw.max() < len(self._lookup) and (labels := self._lookup.take(raw)).all():
             return (labels - 1).astype(np.uint8)
         values = self.values
         value = np.setdiff1d(raw, values)[0]
@@ -185,47 +196,79 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
 
 # ---- pictures ----
 def _read(source: str | Path | bytes, max_pixels: int, convert: Callable):
-    """Decode a picture, turn it upright and return what `convert` makes of it; PictureError names the file.
-    Its info has "frames", "orientation" (of EXIF) and "layout" (how the file stores values, to Pillow)."""
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit is only raised
-    where = "standard input" if isinstance(source, bytes) else source
-    formats = FORMATS
+    """Return what `convert` makes of a picture that is decoded and upright; PictureError names the file."""
+    where = "standard input" if isinstance(source, bytes) else Path(source)
+    suffix = "" if isinstance(source, bytes) else where.suffix.lower()
+    content = b""
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if content[4:8] == b"ftyp":
-            with suppress(ImportError):  # HEIC is read if somebody has installed its decoder
-                import_module("pillow_heif").register_heif_opener()
-                formats = (*FORMATS, "HEIF")
-        image = Image.open(BytesIO(content), formats=formats)
-        if image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-        bits = {"1": 1, "L": 8}.get(image.mode)  # what Pillow takes for granted in the following cases
-        signed = image.format == "TIFF" and bits == 8 and image.tag_v2.get(339) == (2,)
-        if signed or (image.format == "BMP" and bits not in (None, content[28])):
-            raise ValueError("its numbers are stored in a way that Pillow gets wrong")
-        image.info |= {"frames": 1, "orientation": 1, "layout": str(image.tile[0].args) if image.tile else ""}
-        if image.format == "WEBP" and b"VP8L" not in content:
-            image.info["compression"] = "webp"
-        with suppress(Exception):  # frames are counted in another object, because counting leaves the first
-            image.info["frames"] = Image.open(BytesIO(content), formats=formats).n_frames
-        with suppress(Exception):  # damaged EXIF costs the turn, not the photo
-            image.info["orientation"] = image.getexif().get(0x0112, 1)
-        image.load()
-        with suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
-        return convert(image)
+        content = source if isinstance(source, bytes) else _content(where, 16 * max_pixels)
+        if FOREIGN.get(suffix) == "raw":  # its first picture is a thumbnail
+            raise UnidentifiedImageError
+        return convert(_decode(content, max_pixels))
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = getattr(error, "strerror", None) or error
         fix = f"give a {', '.join(FORMATS)} file"
         if isinstance(error, UnidentifiedImageError):
-            reason, fix = _foreign(content, Path(where).suffix.lower(), fix)
+            reason, fix = _foreign(content, suffix, fix)
         elif isinstance(error, Image.DecompressionBombError):
             fix = f"above {max_pixels:,} pixels it needs your trust: --max-pixels N (max_pixels)"
         raise PictureError(f"{where}: cannot be read ({reason}); {fix}") from error
 
 
+def _content(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file. Of many bytes only the first are read if they begin no picture."""
+    size = path.stat().st_size
+    if not path.is_file() and not path.is_dir():
+        raise ValueError("no regular file")  # a pipe would keep us waiting
+    with open(path, "rb") as file:
+        if size > MANY_BYTES:
+            kind = ""
+            with suppress(UnidentifiedImageError):
+                kind = Image.open(file, formats=FORMATS).format
+            if kind and size > limit:
+                raise ValueError(f"{size:,} bytes, expected at most {limit:,}")
+            file.seek(0)
+            return file.read(-1 if kind else 4096)
+        return file.read()
+
+
+def _decode(content: bytes, max_pixels: int) -> Image.Image:
+    """Decode a picture and turn it upright. Its info has "frames", "orientation" (of EXIF) and "layout" (how
+    the file stores values, to Pillow)."""
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit is only raised
+    formats = FORMATS
+    if content[4:8] == b"ftyp":
+        with suppress(ImportError):  # HEIC is read if somebody has installed its decoder
+            import_module("pillow_heif").register_heif_opener()
+            formats = (*FORMATS, "HEIF")
+    image = Image.open(BytesIO(content), formats=formats)
+    if image.width * image.height > max_pixels:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+
+    # Some layouts Pillow takes for others.
+    bits = {"1": 1, "L": 8}.get(image.mode)
+    signed = image.format == "TIFF" and bits == 8 and image.tag_v2.get(339) == (2,)
+    if signed or (image.format == "BMP" and bits not in (None, content[28])):
+        raise ValueError("its numbers are stored in a way that Pillow gets wrong")
+
+    # What only the file says is kept in info. Frames are counted in another object, as that leaves the first.
+    image.info |= {"frames": 1, "orientation": 1, "layout": str(image.tile[0][3]) if image.tile else ""}
+    if image.format == "WEBP" and b"VP8L" not in content:
+        image.info["compression"] = "webp"
+    with suppress(Exception):
+        image.info["frames"] = Image.open(BytesIO(content), formats=formats).n_frames
+    with suppress(Exception):  # damaged EXIF costs the turn, not the photo
+        image.info["orientation"] = image.getexif().get(0x0112, 1)
+    image.load()
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def _foreign(content: bytes, suffix: str, fix: str) -> tuple[str, str]:
     """Return what a file is that no decoder takes, and what to do."""
+    if FOREIGN.get(suffix) == "raw":
+        return "raw", CONVERT
     with suppress(Exception):
         tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
         file = BytesIO(content)
@@ -233,8 +276,9 @@ def _foreign(content: bytes, suffix: str, fix: str) -> tuple[str, str]:
         tags.load(file)
         kind = {1: "integers", 2: "signed integers", 3: "floating-point numbers"}[tags.get(339, (1,))[0]]
         return f"a TIFF with {tags.get(277, 1)} band(s) of {tags[258][0]}-bit {kind}", "export 8-bit RGB"
-    kind = "HEIC" if content[4:8] == b"ftyp" else FOREIGN.get(suffix)
-    return (kind, "convert it to JPEG") if kind else ("not a picture" if content else "empty file", fix)
+    kinds = [kind for kind, begin in CONTENT.items() if re.match(begin, content[:200], re.DOTALL)]
+    kinds += [FOREIGN[suffix]] if suffix in FOREIGN else []
+    return (kinds[0], CONVERT) if kinds else ("not a picture" if content else "empty file", fix)
 
 
 def read_photo(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -267,7 +311,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     image.info = info
     return image
 
@@ -296,8 +340,9 @@ def _stored(image: Image.Image, colours: bool) -> np.ndarray | str:
         return f"in mode {image.mode}; save masks as 8-bit PNG, in RGB if ids are colours"
 
     if colours:  # those that are shown, whether pixel by pixel, by a palette or as grey
-        packed = np.frombuffer(image.convert("RGB").tobytes("raw", "BGRX"), "<u4")
-        return packed.reshape(image.height, image.width)
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+        numbers = np.frombuffer(image.tobytes("raw", "RGBX"), ">u4") >> 8
+        return numbers.reshape(image.height, image.width)
     values = np.asarray(image)
     if image.mode == "RGB":
         if (values != values[..., :1]).any():
