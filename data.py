@@ -27,8 +27,9 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 IGNORE = 255  # the train id of pixels that count neither in the loss nor in the score
 SPLITS = ("training", "validation", "test")
-TABLES_DIR = Path(__file__).parent / "flowseg_tools/tables/labels"
-TABLES = {path.stem: path for path in sorted(TABLES_DIR.glob("*.toml"))}
+TABLES_DIR = Path(__file__).parent / "flowseg_tools/tables"
+TABLES = {path.stem: path for path in sorted(TABLES_DIR.glob("labels/*.toml"))}
+FOREIGN, BEGINNINGS = tomllib.loads((TABLES_DIR / "foreign.toml").read_text()).values()  # what is not read
 KEYS = {"name": "", "classes": [], "ids": [], "ignore": [], "splits": [], "validation": 0.0,
         "colors": [], "clear": [],
         "images": "images/{split}/*", "masks": "annotations/{split}/*"}  # fmt: skip
@@ -36,16 +37,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no other deco
 SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {
     ".jpg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}  # fmt: skip
 CONVERT = "convert photos to JPEG, masks to PNG"
-FOREIGN = {  # what is a picture, but not read, by its suffix
-    ".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".jp2": "JPEG 2000", ".j2k": "JPEG 2000",
-    ".jxl": "JPEG XL", ".psd": "Photoshop", ".exr": "OpenEXR", ".svg": "SVG", ".dcm": "DICOM",
-    ".tga": "Targa", ".ppm": "PNM", ".pgm": "PNM", ".pbm": "PNM", ".dng": "raw", ".cr2": "raw",
-    ".cr3": "raw", ".nef": "raw", ".arw": "raw", ".orf": "raw", ".raf": "raw", ".rw2": "raw"}  # fmt: skip
-CONTENT = {  # the same, and others, by how the content begins
-    "AVIF": rb"....ftyp.{0,24}avi[fs]", "HEIC": rb"....ftyp.{0,24}(hei|hev|mif1|msf1)",
-    "a video": rb"....ftyp", "JPEG 2000": rb"....jP  |\xff\x4f\xff\x51", "JPEG XL": rb"....JXL |\xff\x0a",
-    "Photoshop": rb"8BPS", "PDF": rb"%PDF", "OpenEXR": rb"v/1\x01", "DICOM": rb".{128}DICM",
-    "PNM": rb"P[1-7]\s", "SVG": rb"\s*(<\?xml[^>]*>\s*)?<svg", "a NumPy array": rb"\x93NUMPY"}  # fmt: skip
 LOSSY = {"JPEG", "MPO", "AVIF", "HEIF", "jpeg", "tiff_jpeg", "webp"}  # formats, and compressions of a TIFF
 LITTER = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")  # folders that systems make
 MAX_PIXELS = 250_000_000  # a larger picture is taken for a decompression bomb
@@ -276,7 +267,8 @@ def _foreign(content: bytes, suffix: str, fix: str) -> tuple[str, str]:
         tags.load(file)
         kind = {1: "integers", 2: "signed integers", 3: "floating-point numbers"}[tags.get(339, (1,))[0]]
         return f"a TIFF with {tags.get(277, 1)} band(s) of {tags[258][0]}-bit {kind}", "export 8-bit RGB"
-    kinds = [kind for kind, begin in CONTENT.items() if re.match(begin, content[:200], re.DOTALL)]
+    begin = content[:200].decode("latin-1")  # a letter for every byte
+    kinds = [kind for kind, pattern in BEGINNINGS.items() if re.match(pattern, begin, re.DOTALL)]
     kinds += [FOREIGN[suffix]] if suffix in FOREIGN else []
     return (kinds[0], CONVERT) if kinds else ("not a picture" if content else "empty file", fix)
 
@@ -408,7 +400,7 @@ def match(root: Path, pattern: str) -> dict[str, Path]:
 
 class FolderDataset:
     """The pairs of images and masks of one split of a folder with a dataset.toml, or the name of a table.
-    What is missing raises DataError; if not `strict`, `unpaired` has a line for each kind of it. `left_out`
+    What is missing raises DataError; if not `strict`, `unpaired` has an error for each kind of it. `left_out`
     has the images without a mask where a list or a share chooses."""
 
     augment = True
@@ -432,12 +424,17 @@ class FolderDataset:
         if split not in self.splits:
             raise DataError(f"{self.name} has no {split} split; expected {' or '.join(self.splits)}")
 
-        faults = self._choose(keys, toml)
-        if strict and faults:
-            raise DataError(faults[0])
+        self.unpaired: list[DataError] = []
+        self._choose(keys, toml)
+        for error in self.unpaired if strict else ():
+            if error.kind != "no image":  # a mask alone does no harm
+                raise error
 
-    def _choose(self, keys: dict, toml: Path) -> list[str]:
-        """Set the pairs, `left_out` and `unpaired`; return the lines for what makes the split unusable."""
+    def _lacks(self, kind: str, line: str) -> None:
+        self.unpaired.append(DataError(line, kind))
+
+    def _choose(self, keys: dict, toml: Path) -> None:
+        """Set the pairs and `left_out`, and add to `unpaired` what is missing."""
         # The files that fit the patterns. What is a mask is no image, although it may fit both.
         place = keys["splits"][self.split]
         list_file = self.root / place
@@ -451,13 +448,12 @@ class FolderDataset:
         images, masks = (match(self.root, pattern) for pattern in patterns)
         taken = set(masks.values())
         images = {key: path for key, path in images.items() if path not in taken}
-        faults = []
         if not images:
             start = self.root / patterns[0].partition("*")[0].rpartition("/")[0]
             lack = "holds no image that fits the pattern" if start.is_dir() else "no such folder"
-            faults.append(f"{start}: {lack}; {self._remedy(toml)}")
+            self._lacks("no images", f"{start}: {lack}; {self._remedy(toml)}")
         elif listed:
-            images, faults = self._listed(list_file, images)
+            images = self._listed(list_file, images)
 
         # A share of the pairs, the first by a hash of their names, is held out of training.
         keys_of_pairs = [key for key in images if key in masks]
@@ -473,24 +469,24 @@ class FolderDataset:
         self.left_out = alone if listed or share else []
         if alone and not self.left_out:
             count = f"{len(alone)} of {len(images)} images have none"
-            faults.append(f"{alone[0]}: no mask fits {self.root / patterns[1]}; {count}")
-        if not self.pairs and not faults:
-            faults.append(f"{self.root}: no pair for {self.split}; correct images, masks or splits in {toml}")
-        self.unpaired = list(faults)
+            self._lacks("no mask", f"{alone[0]}: no mask fits {self.root / patterns[1]}; {count}")
+        if not self.pairs and not self.unpaired:
+            line = f"{self.root}: no pair for {self.split}; correct images, masks or splits in {toml}"
+            self._lacks("no pair", line)
         if unused and not (listed or share):
             count = f"{len(unused)} of {len(masks)} masks have none"
-            self.unpaired.append(f"{unused[0]}: no image fits {self.root / patterns[0]}; {count}")
-        return faults
+            self._lacks("no image", f"{unused[0]}: no image fits {self.root / patterns[0]}; {count}")
 
-    def _listed(self, file: Path, images: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
-        """Return the images that a file lists, by what * stands for or by path, and a line for others."""
+    def _listed(self, file: Path, images: dict[str, Path]) -> dict[str, Path]:
+        """Return the images that a file lists, by what * stands for or by path."""
         known = {path.relative_to(self.root).as_posix(): key for key, path in images.items()}
         known |= {key: key for key in images}
-        lines = normalize("NFC", file.read_text(encoding="utf-8-sig")).splitlines()
+        lines = normalize("NFC", file.read_text(encoding="utf-8-sig", errors="replace")).splitlines()
         names = [line.strip() for line in lines if line.strip()]
         unknown = [name for name in names if name not in known]
-        faults = [f"{file}: {name!r} is no image; {len(unknown)} such names" for name in unknown[:1]]
-        return {known[name]: images[known[name]] for name in names if name in known}, faults
+        if unknown:
+            self._lacks("no such image", f"{file}: {unknown[0]!r} is no image; {len(unknown)} such names")
+        return {known[name]: images[known[name]] for name in names if name in known}
 
     def _remedy(self, toml: Path) -> str:
         if toml not in TABLES.values():

@@ -15,9 +15,8 @@ from flowseg_tools.check import (
     draw_preview,
     fingerprint,
     hints,
-    problems,
 )
-from tests.test_data import CLASSES, make_folder, mask_of, write
+from tests.test_data import CLASSES, make_folder, mask_of, problems, write
 
 
 def report(root: Path) -> list[str]:
@@ -112,6 +111,30 @@ def test_one_kind_of_problem_is_one_line_whatever_its_message_says(tmp_path):
     root = make_folder(tmp_path / "a (1) 7", [mask_of(0, 77), mask_of(0, 78), mask_of(1)])
     lines = report(root)
     assert len(lines) == 1 and "a0.png: raw value 77" in lines[0] and "1 more" in lines[0]
+
+
+def test_one_cause_is_one_line_for_all_splits(tmp_path):
+    """With the number of files, and the other splits that have it."""
+    toml = CLASSES + "ignore = [255]\nsplits = ['training', 'validation', 'test']"
+    root = make_folder(tmp_path, [mask_of(0, 77)] * 3, toml)
+    make_folder(tmp_path, [mask_of(0, 78)] * 2, toml, "validation")
+    make_folder(tmp_path, [mask_of(0, 1, 255)] * 2, toml, "test")
+    for split in ("training", "test"):
+        (root / f"annotations/{split}/a0.png").unlink()
+        second = Image.new("RGB", (16, 12), split.replace("training", "red").replace("test", "blue"))
+        (root / f"images/{split}/a1.jpg").unlink()
+        Image.new("RGB", (16, 12), "red").save(
+            root / f"images/{split}/a1.tif", save_all=True, append_images=[second]
+        )
+    lines = describe(str(root))["problems"]
+    assert len(lines) == 4, lines
+    for words, end in (
+        ("no mask fits", " (also in test)"),
+        ("raw value 77", " (and 3 more such files, also in validation)"),
+        ("holds 2 pages", " (also in test)"),
+        ("is the same image as", "one split"),
+    ):
+        assert [line.endswith(end) for line in lines if words in line] == [True], (words, lines)
 
 
 # ---- what can be read, but is perhaps not what was meant ----

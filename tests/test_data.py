@@ -20,6 +20,7 @@ from data import (
     SPLITS,
     TABLES,
     DataError,
+    Dataset,
     FolderDataset,
     LabelTable,
     ShapesDataset,
@@ -28,10 +29,17 @@ from data import (
     distort,
     open_dataset,
 )
-from flowseg_tools.check import problems
+from flowseg_tools.check import Checker, merged
 
 ROOT = Path(__file__).parent.parent
 CLASSES = "classes = ['sky', 'road', 'car']\n"
+
+
+def problems(dataset: Dataset, limit: int | None = None) -> tuple[dict, list[str]]:
+    """Counts and problems of one split."""
+    checker = Checker()
+    counts, _ = checker.check(dataset, limit)
+    return counts, merged(checker.problems) + merged(checker.doubts)
 
 
 def write(path: Path, values: np.ndarray, mode: str | None = None) -> None:
@@ -535,7 +543,7 @@ def test_a_named_data_set_is_read_in_its_official_layout(tmp_path):
     assert message == "ade20k has no test split; expected training or validation"
     (root / "ade20k/annotations/validation/a1.png").unlink()
     assert "a1.jpg" in error_of(open_dataset, "ade20k", "validation", root)
-    assert "a1.jpg" in open_dataset("ade20k", "validation", root, strict=False).unpaired[0]
+    assert "a1.jpg" in open_dataset("ade20k", "validation", root, strict=False).unpaired[0].args[0]
 
 
 def test_a_dataset_toml_of_its_own_wins_over_the_shipped_table(tmp_path):

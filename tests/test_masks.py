@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data import IGNORE, DataError, FolderDataset, LabelTable, PictureError, Stream, read_mask
-from flowseg_tools.check import problems
+from tests.test_data import problems
 
 # 8 x 5 pixels, so that rows of few bits need padding in most formats.
 TWO = np.arange(40).reshape(5, 8) % 2
