@@ -224,8 +224,8 @@ def _content(path: Path, limit: int) -> bytes:
 
 
 def _decode(content: bytes, max_pixels: int) -> Image.Image:
-    """Decode a picture and turn it upright. Its info has "frames", "orientation" (of EXIF) and "layout" (how
-    the file stores values, to Pillow)."""
+    """Decode a picture and turn it upright. Its info has "several" (are there more frames), "orientation" (of
+    EXIF) and "layout" (how the file stores values, to Pillow)."""
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit is only raised
     formats = FORMATS
     if content[4:8] == b"ftyp":
@@ -242,12 +242,13 @@ def _decode(content: bytes, max_pixels: int) -> Image.Image:
     if signed or (image.format == "BMP" and bits not in (None, content[28])):
         raise ValueError("its numbers are stored in a way that Pillow gets wrong")
 
-    # What only the file says is kept in info. Frames are counted in another object, as that leaves the first.
-    image.info |= {"frames": 1, "orientation": 1, "layout": str(image.tile[0][3]) if image.tile else ""}
+    # What only the file says is kept in info. Another object looks for more frames, as that may leave the
+    # first; they are not counted, because the time for that grows with the square of their number.
+    image.info |= {"several": False, "orientation": 1, "layout": str(image.tile[0][3]) if image.tile else ""}
     if image.format == "WEBP" and b"VP8L" not in content:
         image.info["compression"] = "webp"
     with suppress(Exception):
-        image.info["frames"] = Image.open(BytesIO(content), formats=formats).n_frames
+        image.info["several"] = Image.open(BytesIO(content), formats=formats).is_animated
     with suppress(Exception):  # damaged EXIF costs the turn, not the photo
         image.info["orientation"] = image.getexif().get(0x0112, 1)
     image.load()
@@ -275,13 +276,13 @@ def _foreign(content: bytes, suffix: str, fix: str) -> tuple[str, str]:
 
 def read_photo(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the photo in a file, or in its bytes, as upright 8-bit RGB; PictureError names the file.
-    Transparency is white. info has "frames", "orientation" and "remarks": a list of what else was changed."""
+    Transparency is white. info has "several" (frames), "orientation" and "remarks": what else was changed."""
     return _read(source, max_pixels, _to_rgb)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     remarks = []
-    info = {"frames": image.info["frames"], "orientation": image.info["orientation"], "remarks": remarks}
+    info = {"several": image.info["several"], "orientation": image.info["orientation"], "remarks": remarks}
     if image.mode[0] in "IF":  # integers and floats, which Pillow would clip at 255
         values = np.asarray(image, np.float64)
         valid = np.isfinite(values) & (abs(values) < 1e30)
@@ -322,8 +323,8 @@ def _stored(image: Image.Image, colours: bool) -> np.ndarray | str:
     layout = image.info["layout"]
     if LOSSY & {image.format, image.info.get("compression")}:
         return f"saved as {image.format} with loss, which changes its values; save masks as PNG"
-    if image.info["frames"] > 1:
-        return f"of {image.info['frames']} pages; save the one with the labels as PNG"
+    if image.info["several"]:
+        return "of several pages; save the one with the labels as PNG"
     if len(image.getbands()) > 1 and ";1" in layout:
         return "of 16-bit colours, which are read as 8-bit; save masks as 8-bit PNG"
     if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):

@@ -113,8 +113,8 @@ class Checker:
         path, mask_path = dataset.pairs[index]
         for remark in image.info["remarks"]:
             self.notes["remark"].append(f"{dataset.split}: {path}: {remark}")
-        if image.info["frames"] > 1:
-            pages = f"holds {image.info['frames']} pages, of which only the first is used"
+        if image.info["several"]:
+            pages = "holds several pages, of which only the first is used"
             self.doubts["pages"].append(f"{dataset.split}: {path}: {pages}; save that one alone")
         digest = sha256(image.tobytes()).digest()
         split, other = self.images.setdefault(digest, (dataset.split, path))

@@ -353,8 +353,8 @@ def segment_one(
         else:
             _write_picture(kind, file, photo, found, colors, clear)
     remarks = list(photo.info["remarks"])
-    if photo.info["frames"] > 1:
-        remarks.append(f"the first of {photo.info['frames']} frames")
+    if photo.info["several"]:
+        remarks.append("the first of several frames")
     note = f"{path}: {'; '.join(remarks)}" if remarks else ""
     return {"note": note, "classes": found.classes}
 

@@ -135,6 +135,25 @@ def test_first_frame_of_a_gif(tmp_path):
     assert read_photo(path).getpixel((0, 0)) == RED
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "GIF"])
+def test_frames_are_looked_for_but_not_all_looked_at(monkeypatch, kind):
+    """To count them takes seconds for each photo that has thousands."""
+    buffer = io.BytesIO()
+    frames = [Image.new("L", (4, 4), value) for value in range(50)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    plugin = Image.OPEN[kind][0]
+    real = plugin._seek
+    sought = []
+
+    def seek(self, frame, *more):
+        sought.append(frame)
+        return real(self, frame, *more)
+
+    monkeypatch.setattr(plugin, "_seek", seek)
+    photo = read_photo(buffer.getvalue())
+    assert photo.info["several"] and pixels(photo).max() == 0 and max(sought) <= 1
+
+
 def test_content_decides_not_the_suffix(tmp_path):
     path = tmp_path / "really-a-png.jpg"
     corners().save(path, "PNG")
@@ -202,12 +221,12 @@ def test_decompression_bombs_are_refused_and_the_limit_can_be_lifted(tmp_path, m
         read_photo(png(tmp_path / "b.png", (40000, 40000), 8, b"\0" * 1000))
 
 
-def test_read_photo_counts_frames_and_takes_bytes():
+def test_read_photo_sees_more_frames_and_takes_bytes():
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(
         buffer, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "red")]
     )
-    assert read_photo(buffer.getvalue()).info["frames"] == 2
+    assert read_photo(buffer.getvalue()).info["several"]
     with pytest.raises(PictureError, match="standard input: cannot be read"):
         read_photo(b"no")
 
