@@ -150,7 +150,13 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
         starred = keys[key].count("*") == keys["images"].count("*") > 0
         _require(starred, f"{key} is {keys[key]!r}; expected a pattern with *, as many as images has")
 
-    # The test split is optional. A share for validation is taken out of the training split.
+    # No split contains another, and that for testing is optional. A share is taken out of the training split.
+    places = [Path(name) for name in keys["splits"]]
+    for place in places:
+        inside = place.parts and not place.is_absolute() and ".." not in place.parts
+        alone = sum(place == other or place in other.parents for other in places) == 1
+        fix = "expected names of folders or list files, none inside another"
+        _require(bool(inside and alone), f"splits is {keys['splits']!r}; {fix}")
     share = keys["validation"]
     _require(0 <= share < 1, f"validation is {share}; expected a share below 1, such as 0.2")
     tested = (root / keys["images"].partition("{split}")[0] / "test").is_dir()
@@ -411,13 +417,13 @@ class FolderDataset:
         self.root = Path(root)
         self.split = split
         toml = self.root / "dataset.toml"
-        if not toml.is_file():
-            toml = TABLES.get(self.root.name, toml)
+        if not toml.is_file():  # a pipe is not opened
+            toml = TABLES.get(self.root.name)
+        if not toml:
+            fix = f"flowseg init {shlex.quote(str(root))} drafts it"
+            raise DataError(f"{root}: has no dataset.toml; {fix}")
         try:
             keys, self.labels = _parse_toml(toml, self.root)
-        except FileNotFoundError:
-            fix = f"flowseg init {shlex.quote(str(root))} drafts it"
-            raise DataError(f"{root}: has no dataset.toml; {fix}") from None
         except ValueError as error:
             raise DataError(f"{toml}: {error}") from None
         self.name = keys["name"] or self.root.resolve().name

@@ -59,6 +59,9 @@ def check(folder: Path, config: dict[str, dict], allow_changes: bool) -> list[st
             if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
                 raise RunError(f"{folder} exists and is not a run directory; choose another with --out")
             return []
+        for file in folder.iterdir():
+            if file.exists() and not file.is_file() and not file.is_dir():  # a pipe would keep us waiting
+                raise RunError(f"{file} is no regular file; remove it, or choose another folder with --out")
         stored = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(stored, dict) or stored.keys() != config.keys():
             raise RunError(f"{folder} holds a run of another version of flowseg; choose another with --out")

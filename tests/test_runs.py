@@ -377,6 +377,17 @@ def test_a_named_data_set_is_found_below_the_root_of_then_or_of_today(tmp_path, 
     assert len(runs.open_dataset_of(info, None, "training", None)) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "state.safetensors"])
+def test_a_pipe_in_a_run_directory_is_named_and_never_opened(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / name)
+    with pytest.raises(RunError, match=f"{name} is no regular file.*--out"):
+        runs.check(tmp_path / "run", {"labels": {}}, allow_changes=False)
+
+
 @pytest.mark.parametrize(
     "name", [".config.json.part", ".metrics.jsonl.part", ".state.safetensors.part", ".lock"]
 )
