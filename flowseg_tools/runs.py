@@ -257,6 +257,14 @@ def environment() -> dict[str, str]:
     return {"python": sys.version.split()[0], "torch": str(torch.__version__), "commit": commit or "unknown"}
 
 
+def from_torchrun(name: str, default: int) -> int:
+    """The number that torchrun puts into a variable of the environment. RunError: it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < default:
+        raise RunError(f"${name} is {text!r}; expected a number from torchrun: unset {name} without it")
+    return int(text)
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; auto: CUDA, then MPS, then CPU. Under torchrun each process has its own GPU.
 
@@ -271,8 +279,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind != "cuda":
         return torch.device(kind)
     if not index:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return torch.device("cuda", from_torchrun("LOCAL_RANK", 0))
+    if from_torchrun("WORLD_SIZE", 1) > 1:
         raise RunError(f"--device {name} is one GPU for all processes of torchrun; pass --device cuda")
     if int(index) >= torch.cuda.device_count():
         raise RunError(f"--device {name}: expected a GPU from 0 to {torch.cuda.device_count() - 1}")
@@ -327,9 +335,14 @@ def summed(values: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun has started; without torchrun do nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+    if from_torchrun("WORLD_SIZE", 1) == 1 or "RANK" not in os.environ:
         yield
         return
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise RunError(
+            "$WORLD_SIZE and $RANK are set, $MASTER_ADDR is not; start with torchrun, or unset them"
+        )
+    from_torchrun("RANK", 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data import BUILT_IN, locate, nearest, open_dataset
 from flowseg_tools.dinov2 import encoder_config
-from flowseg_tools.runs import RunError
+from flowseg_tools.runs import RunError, from_torchrun
 from model import ModelConfig
 
 TABLES_DIR = Path(__file__).parent / "tables"
@@ -35,7 +35,7 @@ def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
     patch_size = model_config.patch_size
     if config.crop_size % patch_size:
         raise RunError(f"crop_size is {config.crop_size}; expected a multiple of the patch size {patch_size}")
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * config.grad_accum_steps
+    parts = from_torchrun("WORLD_SIZE", 1) * config.grad_accum_steps
     if config.batch_size % parts:
         expected = f"a multiple of {parts}, processes x grad_accum_steps"
         raise RunError(f"batch_size is {config.batch_size}; expected {expected}")

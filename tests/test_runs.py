@@ -540,6 +540,25 @@ def test_a_batch_that_does_not_divide_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "text"), [("WORLD_SIZE", "0"), ("WORLD_SIZE", "abc"), ("WORLD_SIZE", ""), ("RANK", "x")]
+)
+def test_numbers_that_torchrun_never_sets_are_one_line(monkeypatch, name, text):
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(RunError, match=rf"{name} is '{text}'; expected a number"):
+        runs.process_group(torch.device("cpu")).__enter__()
+
+
+def test_processes_without_a_meeting_point_are_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RunError, match=r"MASTER_ADDR is not; start with torchrun"):
+        runs.process_group(torch.device("cpu")).__enter__()
+
+
 def test_a_process_that_fails_is_named_and_ends_the_others(tmp_path):
     """The second process meets a broken loss; neither hangs, and no traceback hides the one line."""
     script = f"""
