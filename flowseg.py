@@ -256,17 +256,18 @@ def evaluate(
     """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
     from rich.progress import track
 
-    from data import MAX_PIXELS, open_dataset
+    from data import MAX_PIXELS
     from flowseg_tools import draw
     from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
     from flowseg_tools.report import check_writable, sort_classes, write_report
+    from flowseg_tools.runs import open_dataset_of
     from train import evaluate
 
     if report:
         check_writable(report.parent if report.suffix else report)
     model = load(checkpoint or weights, device)
-    data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
+    data = open_dataset_of(model.info, dataset, split, root)
     data.max_pixels = max_pixels or MAX_PIXELS
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")

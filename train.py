@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced, open_dataset
 from flowseg_tools import records, runs
-from flowseg_tools.check import before_training
+from flowseg_tools.check import before_training, fingerprint
 from flowseg_tools.dinov2 import Alignment, DinoFlowSeg, load_encoder
 from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.pretrained import start_from
@@ -409,11 +409,11 @@ class Run:
         self.optimizers = make_optimizers(self.objective, config)
 
         # The run directory, in which one process at a time may train.
-        table = self.data.labels
-        labels = {"classes": list(table.classes), "ids": list(table.ids), "ignore": list(table.ignore)}
+        labels = fingerprint([self.data, self.held_out])
         settings = {"train": asdict(config), "model": asdict(network), "labels": labels}
         if self.rank == 0:
-            runs.check(folder, settings, allow_changes)
+            for change in runs.check(folder, settings, allow_changes):
+                loud.print(f"warning: {folder}: {change}", style="yellow")
             stack.enter_context(runs.locked(folder))
         at = runs.load_state(folder, self.modules, self.optimizers, console, writes=self.rank == 0)
         self.step, self.validated, self.best = at  # steps done, step last validated, best mIoU
