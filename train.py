@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -384,8 +383,8 @@ class Run:
         self.held_out = open_dataset(config.dataset, "validation", config.root)
         for part in (self.data, self.held_out):
             part.max_pixels = config.max_pixels
-        loud = make_console(stderr=True, quiet=self.rank > 0)
-        before_training([self.data, self.held_out], loud.print)  # what is wrong with data is never quiet
+        loud = make_console(stderr=True, quiet=self.rank > 0).print  # what is wrong with data is never quiet
+        before_training([self.data, self.held_out], loud)
 
         # The network, from random weights or from others; alignment is trained with it, but not exported.
         torch.manual_seed(config.seed)
@@ -459,12 +458,6 @@ class Run:
         if self.rank == 0:
             self.log.write(self.step, **facts, **runs.peak_memory(self.device))
         return f"{text}  {speed:.3g} images/s"
-
-    def say(self, text: str, seconds: float) -> None:
-        """Print a plain line of progress, where no bar moves."""
-        left = timedelta(seconds=round((self.config.max_steps - self.step) * seconds))
-        if not self.console.is_terminal:
-            self.console.print(f"step {self.step}/{self.config.max_steps}  {text}  {left} left")
 
 
 def explain_failure(run: Run, parts: list) -> str:
@@ -570,10 +563,8 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
         bar.update(task, completed=run.step)
         seconds = (time.perf_counter() - began) / (run.step - measured_from)
         if run.due(config.log_every):
-            text = run.report(values, norm, seconds)
-            bar.update(task, description=text)
-            run.say(text, seconds)
+            records.tell(run, bar, run.report(values, norm, seconds), seconds)
             measured_from = run.step
             began = time.perf_counter()
-        elif run.step == started + 2:
-            run.say(f"{config.batch_size / seconds:.3g} images/s", seconds)
+        elif run.step == started + 2:  # nobody has to wait for the first report
+            records.tell(run, bar, f"{config.batch_size / seconds:.3g} images/s", seconds)

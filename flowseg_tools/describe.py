@@ -35,8 +35,9 @@ def machine(root: Path | None = None) -> dict:
     facts["data root"] = str(root)
     facts["data sets"] = sorted(path.name for path in root.glob("[!.]*/") if path.name != "weights")
     facts["weights"] = sorted(path.name for path in root.glob("weights/[!.]*"))
-    newest = max(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
-    facts["newest run"] = str(newest.parent) if newest else ""
+    found = [path.parent for path in Path("runs").glob("*/config.json")]
+    newest = max(found, key=lambda folder: folder.stat().st_mtime, default="")
+    facts["newest run"] = str(newest)
     return facts
 
 

@@ -1,6 +1,7 @@
 """A program of a model for other runtimes: photo -> class ids, at a fixed size and number of steps."""
 
 import json
+import logging
 import os
 from importlib import import_module
 from importlib.util import find_spec
@@ -66,6 +67,7 @@ def export(model: FlowSeg, file: Path, width: int, height: int, steps: int) -> f
     part = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
     try:
         if file.suffix == ".onnx":
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses packages that nobody needs
             torch.onnx.export(program, dynamo=True, verbose=False).save(part)
             session = import_module("onnxruntime").InferenceSession(part)
             found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: photo.numpy()})[0])

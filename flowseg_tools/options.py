@@ -65,11 +65,9 @@ def field(panel: str, metavar: str, text: str, name: str, *names: str, least: in
     return value(panel, metavar, text, *names, default=default.replace("_", ","), least=least)
 
 
-def file_option(text: str, *names: str, check=None):
-    """An option that names a file to write or to read, and is looked at before the work."""
-    return Option(
-        *names, metavar="FILE", callback=check, rich_help_panel=OUTPUT, help=text, show_default=False
-    )
+def file_option(text: str, check, metavar: str = "FILE"):
+    """An option that names a file of the output, and is looked at before the work."""
+    return Option(metavar=metavar, callback=check, rich_help_panel=OUTPUT, help=text, show_default=False)
 
 
 def check_report(file: Path | None) -> Path | None:
@@ -121,7 +119,7 @@ Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, 
 Quiet = Annotated[bool, flag(RUN, "Print results, warnings and errors only.", "--quiet", "-q")]
 Json = Annotated[bool, flag(OUTPUT, "Print the result as JSON.", "--json")]
 FONT = "Font (.ttf, .otf) of text in pictures; the built-in one has plain Latin letters."
-Font = Annotated[File, file_option(FONT, check=use_font)]
+Font = Annotated[File, file_option(FONT, use_font)]
 Force = Annotated[bool, flag(OUTPUT, "Overwrite outputs that exist.", "--force")]
 
 # train ---------------------------------------------------------------------------------------------------
@@ -148,18 +146,9 @@ Eps = Annotated[Real, field(METHOD, "X", EPS, "eps")]
 
 Recipe = Annotated[Text, value(TRAINING, "NAME", f"{names_in('recipes')}.", default="none")]
 MaxSteps = Annotated[Number, field(TRAINING, "N", "Training steps.", "max_steps", least=1)]
-BatchSize = Annotated[
-    Number,
-    field(
-        TRAINING,
-        "N",
-        "Images per step, over all processes.",
-        "batch_size",
-        "--batch-size",
-        "--batch",
-        least=1,
-    ),
-]
+BATCH = ("--batch-size", "--batch")
+IMAGES = "Images per step, over all processes."
+BatchSize = Annotated[Number, field(TRAINING, "N", IMAGES, "batch_size", *BATCH, least=1)]
 PARTS = "Parts that a process splits its share of the batch into, to save memory."
 Accumulate = Annotated[Number, field(TRAINING, "N", PARTS, "grad_accum_steps", "--accumulate", least=1)]
 CropSize = Annotated[
@@ -197,16 +186,7 @@ DatasetOf = Annotated[
 ]
 Split = Annotated[str, Option(metavar="NAME", rich_help_panel=DATA, help="training, validation or test.")]
 PLACE = "Write the result as .json, or into a folder with pictures."
-ReportPlace = Annotated[
-    File,
-    Option(
-        metavar="FILE|DIR",
-        callback=check_report_place,
-        rich_help_panel=OUTPUT,
-        help=PLACE,
-        show_default=False,
-    ),
-]
+ReportPlace = Annotated[File, file_option(PLACE, check_report_place, "FILE|DIR")]
 SHEETS = "Sheets of the worst images in a --report DIR."
 Worst = Annotated[int, Option(metavar="N", min=0, rich_help_panel=OUTPUT, help=SHEETS)]
 COLUMNS = {"name": "name", "iou": "IoU", "acc": "Acc", "pixels": "pixels"}
@@ -228,7 +208,7 @@ Entropy = Annotated[bool, flag(OUTPUT, "Also write how undecided it is, 0..255."
 Trajectory = Annotated[bool, flag(OUTPUT, "Also draw the flow: sheet and GIF.", "--trajectory")]
 Ids = Annotated[Literal["train", "raw"], Option(rich_help_panel=OUTPUT, help="Values of the mask.")]
 Labelmap = Annotated[bool, flag(OUTPUT, "Also write labelmap.txt for annotation tools.", "--labelmap")]
-Report = Annotated[File, file_option("Write the result as .json.", check=check_report)]
+Report = Annotated[File, file_option("Write the result as .json.", check_report)]
 
 # info, init, download, export ----------------------------------------------------------------------------
 
@@ -247,17 +227,8 @@ MaxBytes = Annotated[
 ]
 Plan = Annotated[bool, flag(RUN, "Say what, from where and how much.", "--dry-run")]
 KeepArchive = Annotated[bool, flag(RUN, "Keep the archive after unpacking it.", "--keep-archive")]
-Program = Annotated[
-    File,
-    value(
-        OUTPUT,
-        "FILE",
-        "Program: .pt2 for PyTorch, .onnx for other runtimes.",
-        "--out",
-        "-o",
-        default="flowseg.pt2",
-    ),
-]
+KIND = "Program: .pt2 for PyTorch, .onnx for other runtimes."
+Program = Annotated[File, value(OUTPUT, "FILE", KIND, "--out", "-o", default="flowseg.pt2")]
 PhotoSize = Annotated[
     Text, value(METHOD, "WxH", "Pixels of the photos that it takes.", "--size", default="the training crop")
 ]

@@ -6,10 +6,11 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from data import PictureError, evenly_spaced
@@ -134,6 +135,14 @@ def introduce(run, origin: str | Path) -> None:
     if run.validated == config.max_steps:
         more = f"--max-steps {2 * config.max_steps} goes on with it, --out DIR begins another"
         run.console.print(f"this run is finished: {more}", style="yellow")
+
+
+def tell(run, bar: Progress, text: str, seconds: float) -> None:
+    """Say how a train.Run goes, at its bar or in a plain line; seconds: for each step."""
+    bar.update(bar.task_ids[0], description=text)
+    if not run.console.is_terminal:
+        left = timedelta(seconds=round((run.config.max_steps - run.step) * seconds))
+        run.console.print(f"step {run.step}/{run.config.max_steps}  {text}  {left} left")
 
 
 def write_weights(run, metrics=None, protocol: dict | None = None) -> None:

@@ -135,7 +135,8 @@ def print_json(facts: dict | list) -> None:
 def print_facts(console: Console, facts: dict) -> None:
     """Print what is known of a machine, a run or a checkpoint, a line for each fact."""
     for name, value in facts.items():
-        text = percent(value) if name.endswith("IoU") else in_words(value)
+        score = name.endswith(("IoU", "Acc")) and value is not None
+        text = percent(value) if score else in_words(value)
         line = printable(f"{name.replace('_', ' ')}: {text}")
         console.print(line, soft_wrap=name == "continue" or None)  # a command stays in one piece
 
