@@ -64,6 +64,7 @@ def export(model: FlowSeg, file: Path, width: int, height: int, steps: int) -> f
     program = torch.export.export(module, (photo,))
 
     # The program is written under another name, read again and tried before it gets its own.
+    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
     try:
         if file.suffix == ".onnx":
