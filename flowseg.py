@@ -132,9 +132,9 @@ def conclude(folder: Path, code: int) -> None:
     if code:
         err.print(f"stopped; the state is saved in {folder}: the same command continues", style="yellow")
         return
-    best = folder / "best.safetensors"
-    info = load(best, quiet=True).info
-    out.print(f"validation mIoU {info.mIoU:.1%} at step {info.step}: {best}, preview.png")
+    info = load(folder, quiet=True).info
+    files = "best.safetensors, preview.png, curves.png"
+    out.print(f"validation mIoU {info.mIoU:.1%} at step {info.step}; in {folder}: {files}")
     out.print(f"next: flowseg segment photo.jpg -o mask.png -c {folder}", soft_wrap=True)
 
 

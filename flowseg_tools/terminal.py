@@ -179,20 +179,23 @@ def print_dataset(console: Console, facts: dict) -> None:
 def habit(error: Exception) -> str:
     """What an option or a command that is unknown here, but usual elsewhere, is called here; or nothing."""
     context = getattr(error, "ctx", None)
-    unknown = re.match(r"No such (option|command):? '?([^']+?)'?[.]?(?: |$)", str(error))
+    kinds = r"(No such option:|No such command|Got unexpected extra argument\S*)"
+    unknown = re.match(kinds + r" [('\"]?([^\s'\")]+)", str(error))
     if not context or not unknown:
         return ""
     kind, word = unknown.groups()
-    if kind == "command" and Path(word).is_file():
-        return f"; did you mean flowseg segment {word}?"
     known = {"--help", *getattr(context.command, "commands", ())}
     for parameter in context.command.params:
         known.update(parameter.opts)
-    table = Path(__file__).parent / "tables/habits.toml"
-    for meaning, words in tomllib.loads(table.read_text(encoding="utf-8"))[f"{kind}s"].items():
+    if kind == "No such command" and Path(word).is_file():
+        return f"did you mean flowseg segment {word}?"
+    if kind.startswith("Got unexpected") and "--dataset" in known:
+        return f"a data set is named with --dataset {word}"
+    table = tomllib.loads((Path(__file__).parent / "tables/habits.toml").read_text(encoding="utf-8"))
+    for meaning, words in (table["commands"] | table["options"]).items():
         here = meaning.replace(",", " ").split()[0] in known
         if here and word.replace("_", "-").lower() in words.split():
-            return f"; here it is {meaning}"
+            return f"here it is {meaning}"
     return ""
 
 
@@ -201,7 +204,9 @@ def describe_error(error: Exception) -> tuple[str, int]:
     code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else 1)
     text = str(error)
     if hasattr(error, "format_message"):  # an error of the command line's library
-        text = f"{error.format_message()}{habit(error)}"
+        text = error.format_message()
+        if hint := habit(error):
+            text = f"{error.message.rstrip('.')}; {hint}"
     if not hasattr(error, "exit_code"):
         frame = error.__traceback__
         while frame.tb_next:

@@ -627,6 +627,7 @@ def test_modules_of_the_user_are_not_taken_for_ours(impostors, launch):
     (["test"], 2, ["test", "here it is eval"]),
     (["help"], 2, ["help", "--help"]),
     (["train", "--epochs", "5"], 2, ["--epochs", "--max-steps"]),
+    (["train", "my-data"], 2, ["--dataset my-data"]),
     (["train", "--epochs=5"], 2, ["--epochs", "--max-steps"]),
     (["train", "--learning_rate", "5"], 2, ["--learning_rate", "here it is --lr"]),
     (["train", "--weights", "w"], 2, ["--weights", "--init"]),
