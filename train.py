@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError, process, summed
 from flowseg_tools.settings import command_for, resolve_as
+from flowseg_tools.terminal import make_bar, make_console, tracked
 from model import FlowSeg, ModelConfig, check_ranges, draw_random, weights_hash
 
 MOST_FAILURES = 10  # steps in a row without a finite gradient
@@ -383,8 +383,8 @@ class Run:
         self.held_out = open_dataset(config.dataset, "validation", config.root)
         for part in (self.data, self.held_out):
             part.max_pixels = config.max_pixels
-        loud = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=self.rank > 0)
-        before_training([self.data, self.held_out], loud.print)  # what is wrong with data is never quiet
+        loud = make_console(stderr=True, quiet=self.rank > 0).print  # what is wrong with data is never quiet
+        before_training([self.data, self.held_out], loud)
 
         # The network, from random weights or from others; alignment is trained with it, but not exported.
         torch.manual_seed(config.seed)
@@ -456,8 +456,7 @@ class Run:
         facts |= {"seconds_per_step": seconds, "images_per_second": speed}
         if self.rank == 0:
             self.log.write(self.step, **facts, **runs.peak_memory(self.device))
-        left = timedelta(seconds=round((self.config.max_steps - self.step) * seconds))
-        return f"step {self.step}/{self.config.max_steps}  {text}  {speed:.3g} images/s  {left} left"
+        return f"{text}  {speed:.3g} images/s"
 
 
 def explain_failure(run: Run, parts: list) -> str:
@@ -467,7 +466,7 @@ def explain_failure(run: Run, parts: list) -> str:
     bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     files = [run.data.read(i)[2] for *_, indices in parts for i in indices.tolist()]
     where = f"the last at step {run.step}, first in {[*bad, 'norm'][0]}, t {t.min():.2f} to {t.max():.2f}"
-    fix = f"lower --set lr={run.config.lr:g}, or look at {', '.join(files)}"
+    fix = f"lower --lr {run.config.lr:g}, or look at {', '.join(files)}"
     return f"no finite gradient in {MOST_FAILURES} steps in a row, {where}; {fix}"
 
 
@@ -486,7 +485,8 @@ def train(
             console = Console(quiet=True)
         run = Run(config, network, folder, device, console, kind, allow_changes, stack)
         signals = stack.enter_context(runs.caught_signals())
-        bar = stack.enter_context(Progress(console=console, disable=not console.is_terminal, expand=True))
+        stack.enter_context(records.remembered(run))
+        bar = stack.enter_context(make_bar(console))
         stop = loop(run, signals, bar)
     return 128 + stop if stop else 0
 
@@ -498,11 +498,12 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
     loader = batches(run.data, config, run.step)
     failures = 0
     saved = (run.step, run.validated)
+    started = run.step
     measured_from = run.step
     began = time.perf_counter()
 
     def until_stopped(indices: list[int]) -> Iterator[int]:
-        for index in indices:
+        for index in tracked(bar, indices, f"validating at step {run.step}"):
             if set(runs.STOPS) & set(signals):
                 return
             yield index
@@ -559,11 +560,10 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
 
         # The report: a line of the log, and of the terminal unless a bar moves there.
         bar.update(task, completed=run.step)
+        seconds = (time.perf_counter() - began) / (run.step - measured_from)
         if run.due(config.log_every):
-            seconds = (time.perf_counter() - began) / (run.step - measured_from)
-            text = run.report(values, norm, seconds)
-            bar.update(task, description=text)
-            if not run.console.is_terminal:
-                run.console.print(text)
+            records.tell(run, bar, run.report(values, norm, seconds), seconds)
             measured_from = run.step
             began = time.perf_counter()
+        elif run.step == started + 2:  # nobody has to wait for the first report
+            records.tell(run, bar, f"{config.batch_size / seconds:.3g} images/s", seconds)

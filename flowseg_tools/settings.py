@@ -1,5 +1,6 @@
 """Settings of a run: presets, recipes, and NAME=VALUE on the command line."""
 
+import json
 import os
 import tomllib
 from collections.abc import Iterable
@@ -8,7 +9,8 @@ from pathlib import Path
 
 from data import BUILT_IN, locate, nearest, open_dataset
 from flowseg_tools.dinov2 import encoder_config
-from flowseg_tools.runs import RunError, from_torchrun
+from flowseg_tools.options import written_fields
+from flowseg_tools.runs import CONFIG, RunError, from_torchrun
 from model import ModelConfig
 
 TABLES_DIR = Path(__file__).parent / "tables"
@@ -51,6 +53,33 @@ def with_absolute_paths(config):
     return replace(config, **{name: os.path.abspath(path) if path else "" for name, path in paths.items()})
 
 
+def given_fields(parameters: dict, config_file: Path | None) -> dict:
+    """The fields that parameters of the train command set, which have their names; None is not given."""
+    given = {}
+    for name, value in parameters.items():
+        if name in written_fields() and value is not None and value is not False:
+            given[name] = str(value) if isinstance(value, Path) else value
+    return read_config(config_file, given) if config_file else given
+
+
+def read_config(file: Path, given: dict) -> dict:
+    """The options `given` and, for all fields that they leave out, the settings in a run's config.json.
+
+    file: that file, or the run directory. RunError: it is none, or an option would change many of its fields.
+    """
+    path = file / CONFIG if file.is_dir() else file
+    for name in ("preset", "recipe"):
+        if name in given:
+            raise RunError(f"--config {file} has a {name} already; leave out --{name} or --config")
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))
+        stored = groups["train"] | groups["model"]
+        del stored["num_classes"]  # the data set decides
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"--config {file}: {error!r}; expected the config.json of a run") from error
+    return stored | given
+
+
 def command_for(init: str) -> str:
     """The command that makes the weights that --init or a recipe starts from."""
     folder = Path(init)
@@ -65,6 +94,9 @@ def merge(given: dict, settings: Iterable[str], kinds: dict[str, type], preset: 
     given: options by the names of their fields. kinds: the type of every field. preset: the one that counts
     where none is named. RunError names what is unknown.
     """
+    for name, value in given.items():
+        if name in kinds and type(value) is not kinds[name] and (type(value), kinds[name]) != (int, float):
+            raise RunError(f"{name} is {value!r}; expected a {kinds[name].__name__}")
     chosen = dict(given)
     for setting in settings:
         name, value = parse_setting(setting, kinds)

@@ -13,21 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from data import FORMATS, DataError, PictureError, read_mask, read_photo
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def corners(size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """Four flat quarters, all different, so that each of the eight orientations looks different."""
-    image = Image.new("RGB", size, WHITE)
-    width, height = size[0] // 2, size[1] // 2
-    for color, place in ((RED, (0, 0)), (GREEN, (width, 0)), (BLUE, (0, height))):
-        image.paste(color, (*place, place[0] + width, place[1] + height))
-    return image
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
+from tests.conftest import BLUE, GREEN, RED, WHITE, corners, pixels
 
 
 def write(path: Path, image: Image.Image, **options) -> Path:

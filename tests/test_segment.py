@@ -22,7 +22,8 @@ from data import DataError, PictureError, open_dataset
 from flowseg_tools import segment
 from flowseg_tools.predict import assign_photo, segment_photo
 from flowseg_tools.segment import find_photos
-from model import CheckpointInfo, FlowSeg, ModelConfig
+from model import CheckpointInfo, ModelConfig
+from tests.conftest import untrained
 from tests.test_cli import fails, flowseg
 
 NAMES = ["left", "right", "top"]
@@ -41,11 +42,7 @@ CONFIG = ModelConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = FlowSeg(CONFIG).eval()
-    for value in model.parameters():  # zeros at the end of the network would give every photo the same mask
-        torch.nn.init.normal_(value.data, std=0.2)
-    return model
+    return untrained(CONFIG)
 
 
 @pytest.fixture
