@@ -4,16 +4,18 @@ import json
 import math
 from collections.abc import Iterable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from data import PictureError, evenly_spaced
 from flowseg_tools import draw
 from flowseg_tools.predict import segment_photo, to_input
-from flowseg_tools.runs import RunError, environment, replace_text
-from model import FlowSeg, least_spacing, squared_distances
+from flowseg_tools.runs import RunError, environment, peak_memory, replace_text, summed
+from model import FlowSeg, draw_random, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
 NUM_PREVIEWS = 4  # validation images in preview.png
@@ -96,6 +98,41 @@ def introduce(run, origin: str | Path) -> None:
         run.console.print(line)
 
 
+def read_values(values: dict[str, Tensor], norm: Tensor, failures: Tensor) -> dict[str, float]:
+    """The diagnostics of a step, over all processes, and how many steps in a row had no finite gradient.
+
+    All are read at once: this is where the host waits until the device has caught up.
+    """
+    sums = summed(torch.stack([*values.values()]))
+    numbers = torch.cat([sums, torch.stack([norm, failures])]).tolist()
+    return dict(zip([*values, "grad_norm", "failures"], numbers, strict=True))
+
+
+def report(run, facts: dict[str, float], lr: float, seconds: float) -> str:
+    """Log the diagnostics of the last step of a train.Run; returns the line for the terminal.
+
+    seconds: for each of the steps since the last report.
+    """
+    del facts["failures"]
+    text = "  ".join(f"{name} {facts[name]:.3g}" for name in ("loss", "fm_error", "phi"))
+    speed = run.config.batch_size / seconds
+    facts |= {"lr": lr, "seconds_per_step": seconds, "images_per_second": speed}
+    if run.rank == 0:
+        run.log.write(run.step, **facts, **peak_memory(run.device))
+    left = timedelta(seconds=round((run.config.max_steps - run.step) * seconds))
+    return f"step {run.step}/{run.config.max_steps}  {text}  {speed:.3g} images/s  {left} left"
+
+
+def explain_failure(run, parts: list, generators: list[torch.Generator], failures: float) -> str:
+    """Which step, time, parameter and files had no finite gradient, and what to do; run is a train.Run."""
+    t = draw_random(torch.rand, (len(generators),), generators)
+    bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    files = [run.data.read(i)[2] for *_, indices in parts for i in indices.tolist()]
+    where = f"the last at step {run.step}, first in {[*bad, 'norm'][0]}, t {t.min():.2f} to {t.max():.2f}"
+    fix = f"lower --set lr={run.config.lr:g}, or look at {', '.join(files)}"
+    return f"no finite gradient in {failures:.0f} steps in a row, {where}; {fix}"
+
+
 def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
     """Write the EMA weights of a train.Run as `last`, with metrics also pictures and, at its best, `best`."""
     config = run.config
@@ -110,11 +147,11 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
         "crop_size": config.crop_size, "step": run.step, "protocol": protocol or {},
         "environment": made_with, **scores,
     }  # fmt: skip
-    run.ema.save(run.folder / "last.safetensors", **facts)
+    run.ema.save(run.folder / "last.safetensors", run.writer.write, **facts)
     if metrics is None:
         return
     if scores["mIoU"] > run.best:
-        run.ema.save(run.folder / "best.safetensors", **facts)
+        run.ema.save(run.folder / "best.safetensors", run.writer.write, **facts)
     rows = []
     distances = []
     notes = []
