@@ -151,7 +151,9 @@ def root(
 def train(
     dataset: Dataset = None,
     root: Root = None,
-    workers: Annotated[Number, value(DATA, "N", "Processes that load images.", "0", least=0)] = None,
+    workers: Annotated[
+        Number, value(DATA, "N", "Processes that load images.", "8 or less on CUDA, else 0", least=0)
+    ] = None,
     max_pixels: MaxPixels = None,
     preset: Annotated[
         Text, value(MODEL, "NAME", "tiny, small, base, large, xl, vit-s or vit-b.", "tiny")
@@ -178,7 +180,9 @@ def train(
     ] = None,
     save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "160", least=1)] = None,
     dtype: Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", "bfloat16 on CUDA")] = None,
-    compile: Annotated[bool, flag(RUN, "--compile", "Compile the network first (minutes).")] = False,
+    compile: Annotated[
+        bool | None, flag(RUN, "--compile/--no-compile", "Compile the network first; on by default on CUDA.")
+    ] = None,
     deterministic: Annotated[
         bool, flag(RUN, "--deterministic", "Give the same bits again on a GPU.")
     ] = False,
@@ -200,7 +204,7 @@ def train(
         "preset": preset, "init": init,
         "objective": objective, "recipe": recipe, "max_steps": max_steps, "batch_size": batch_size,
         "crop_size": crop_size, "seed": seed, "save_every": save_every, "dtype": dtype,
-        "compile": compile or None, "deterministic": deterministic or None,
+        "compile": {True: "true", False: "false"}.get(compile), "deterministic": deterministic or None,
         "tensorboard": tensorboard or None, "encoder": encoder, "finetune_encoder": finetune_encoder or None,
     }  # fmt: skip
     given = {}
@@ -209,8 +213,10 @@ def train(
             given[name] = str(value) if isinstance(value, Path) else value
     config, network = training.resolve(given, settings or [])
     if dry_run:
-        for name, value in cost(config, network, int(os.environ.get("WORLD_SIZE", 1))).items():
-            out.print(f"{name}: {value}")
+        for group, facts in cost(config, network, int(os.environ.get("WORLD_SIZE", 1))).items():
+            out.print(f"{group}:", style="bold")
+            for name, value in facts.items():
+                out.print(f"  {name}: {value}")
         return
     name = config.recipe or f"{Path(config.dataset).resolve().name}-{config.preset}"
     folder = out_dir or Path("runs") / name

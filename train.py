@@ -71,7 +71,7 @@ class TrainConfig:
     repa_weight: float = 0.5
     eval_every: int = 160
     save_every: int = 160
-    save_minutes: float = 0.0  # minutes between saved states; 0: save_every counts
+    save_minutes: float = 0.0  # also save when so many minutes have passed; 0: never
     log_every: int = 25
     num_workers: int = -1  # processes that load images; -1: as many as fit on CUDA, none elsewhere
     max_pixels: int = MAX_PIXELS  # the largest picture that is opened
@@ -580,8 +580,7 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
             began = time.perf_counter()
 
         # Saving. While steps fail, the healthy state from before is kept.
-        period = config.max_steps if config.save_minutes else config.save_every
-        if stop or wants_save or (run.due(period) and not int(failures)):
+        if stop or wants_save or (run.due(config.save_every) and not int(failures)):
             run.save()
             saved_at = time.monotonic()
             wants_save = False
