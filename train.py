@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +30,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced, open_dataset
-from flowseg_tools import records, runs, speed
-from flowseg_tools.check import before_training
-from flowseg_tools.dinov2 import Alignment, DinoFlowSeg, load_encoder
+from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced
+from flowseg_tools import records, runs, speed, start
+from flowseg_tools.dinov2 import Alignment
 from flowseg_tools.predict import Mode, read_ahead, segment_photo
-from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError, process, summed
-from flowseg_tools.settings import command_for, resolve_as
-from flowseg_tools.state import STATE, Writer, load_state, save_state, share_state
+from flowseg_tools.settings import resolve_as
 from model import FlowSeg, ModelConfig, check_ranges, weights_hash
 
 MOST_FAILURES = 10  # steps in a row without a finite gradient
@@ -428,70 +425,25 @@ class Run:
         self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
         torch.use_deterministic_algorithms(config.deterministic)
-        self.data = open_dataset(config.dataset, "training", config.root)
-        self.held_out = open_dataset(config.dataset, "validation", config.root)
-        for part in (self.data, self.held_out):
-            part.max_pixels = config.max_pixels
         loud = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=self.rank > 0)
-        before_training([self.data, self.held_out], loud.print)  # what is wrong with data is never quiet
-        origin = self._build(network, kind)
-
-        # The run directory, in which one process at a time may train.
-        table = self.data.labels
-        labels = {"classes": list(table.classes), "ids": list(table.ids), "ignore": list(table.ignore)}
-        settings = {"train": asdict(config), "model": asdict(network), "labels": labels}
-        at = (0, 0, -1.0)
-        if self.rank == 0:
-            runs.check(folder, settings, allow_changes)
-            stack.enter_context(runs.locked(folder))
-            at = load_state(folder, self.modules, self.optimizers, console)
-        at = share_state(self.modules, self.optimizers, at)
-        self.step, self.validated, self.best = at  # steps done, step last validated, best mIoU
-        self.saved = (self.step, self.validated)
-        if self.step > config.max_steps:
-            raise RunError(f"{folder} is at step {self.step}; expected --max-steps {self.step} or more")
-        if self.rank == 0:
-            runs.claim(folder, settings)
-            self.log = records.Log(folder, config.tensorboard, console)
-            self.log.rewind(self.step, self.validated)
-            self.writer = stack.enter_context(Writer())  # it ends before the lock does
-
-        # What changes how a step is computed, but not its result.
-        self.model.network.activation_checkpointing = config.activation_checkpointing
-        if config.compile == "true" or (config.compile == "auto" and device.type == "cuda"):
-            speed.compile_parts(self.model)
-            speed.compile_parts(self.ema)
-        if self.world > 1:
-            accumulates = config.grad_accum_steps > 1
-            self.objective = speed.distribute(self.objective, device, accumulates, config.gradient_dtype)
-        records.introduce(self, f"step {self.step} of the run" if self.step else origin)
-
-    def _build(self, network: ModelConfig, kind: type[FlowSeg]) -> str | Path:
-        """Make what is trained, from random weights or from others; returns where these are from."""
-        config = self.config
-        torch.manual_seed(config.seed)
-        model = (DinoFlowSeg if network.vit_width else kind)(network)
-        origin: str | Path = "random weights"
-        if config.encoder:
-            load_encoder(model.network, config.encoder)
-        elif network.vit_width and (not config.init or config.init.endswith(".ckpt")):
-            raise RunError(f"preset {config.preset} needs --encoder FILE; `flowseg download` lists DINOv2")
-        if config.init and not (self.folder / STATE).exists():
-            origin = runs.newest_checkpoint(Path(config.init), command_for(config.init))
-            start_from(model, origin)
-        self.model = model.to(self.device)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.data, self.held_out = start.open_splits(config, loud)  # what is wrong with data is never quiet
 
         # The alignment is trained with the model and belongs to the saved state, but is not exported.
+        model, origin = start.make_model(config, network, kind, folder)
+        self.model = model.to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        alignment = start.make_alignment(config, self.model)
         self.modules: dict[str, nn.Module] = {"model": self.model, "ema": self.ema}
-        alignment = None
-        if config.teacher:
-            torch.manual_seed(config.seed)  # whatever the weights were read from
-            alignment = Alignment(model.network, config.teacher, config.repa_depth, config.repa_weight)
+        if alignment:
             self.modules["alignment"] = alignment
         self.objective: nn.Module = Objective(self.model, alignment)
         self.optimizers = make_optimizers(self.objective, config)
-        return origin
+
+        # How far it is: steps done, step last validated, best mIoU; and the first two as last saved.
+        self.step, self.validated, self.best = start.enter_folder(self, allow_changes, stack)
+        self.saved = (self.step, self.validated)
+        self.objective = speed.speed_up(self)
+        records.introduce(self, f"step {self.step} of the run" if self.step else origin)
 
     def due(self, period: int) -> bool:
         """Whether something that is done every `period` steps, and at the end, is to be done now."""
@@ -521,15 +473,6 @@ class Run:
             self.validated = self.step
             self.best = max(self.best, score)
         return stop, wants_save
-
-    def save(self) -> None:
-        """Write all that the next step depends on, and the EMA, unless both are written already."""
-        if self.rank == 0 and self.saved != (self.step, self.validated):
-            if self.validated < self.step:
-                records.write_weights(self)
-            at = (self.step, self.validated, self.best)
-            save_state(self.folder, self.modules, self.optimizers, at, self.writer.write)
-        self.saved = (self.step, self.validated)
 
 
 def train(
@@ -581,7 +524,7 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
 
         # Saving. While steps fail, the healthy state from before is kept.
         if stop or wants_save or (run.due(config.save_every) and not int(failures)):
-            run.save()
+            records.save(run)
             saved_at = time.monotonic()
             wants_save = False
             signals[:] = [number for number in signals if number in runs.STOPS]

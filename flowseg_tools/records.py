@@ -15,6 +15,7 @@ from data import PictureError, evenly_spaced
 from flowseg_tools import draw
 from flowseg_tools.predict import segment_photo, to_input
 from flowseg_tools.runs import RunError, environment, peak_memory, replace_text, summed
+from flowseg_tools.state import save_state
 from model import FlowSeg, draw_random, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
@@ -131,6 +132,16 @@ def explain_failure(run, parts: list, generators: list[torch.Generator], failure
     where = f"the last at step {run.step}, first in {[*bad, 'norm'][0]}, t {t.min():.2f} to {t.max():.2f}"
     fix = f"lower --set lr={run.config.lr:g}, or look at {', '.join(files)}"
     return f"no finite gradient in {failures:.0f} steps in a row, {where}; {fix}"
+
+
+def save(run) -> None:
+    """Write all that the next step of a train.Run depends on, and its EMA, unless both are there already."""
+    if run.rank == 0 and run.saved != (run.step, run.validated):
+        if run.validated < run.step:
+            write_weights(run)
+        at = (run.step, run.validated, run.best)
+        save_state(run.folder, run.modules, run.optimizers, at, run.writer.write)
+    run.saved = (run.step, run.validated)
 
 
 def write_weights(run, metrics=None, protocol: dict | None = None) -> None:

@@ -35,6 +35,18 @@ def compile_parts(model: FlowSeg, backend: str = "inductor") -> None:
     model.compiled_potential = torch.compile(potential_of_chunk, dynamic=True, backend=backend)
 
 
+def speed_up(run) -> nn.Module:
+    """Compile the parts of a train.Run as its settings say; returns its objective, spread over processes."""
+    config = run.config
+    run.model.network.activation_checkpointing = config.activation_checkpointing
+    if config.compile == "true" or (config.compile == "auto" and run.device.type == "cuda"):
+        compile_parts(run.model)
+        compile_parts(run.ema)
+    if run.world == 1:
+        return run.objective
+    return distribute(run.objective, run.device, config.grad_accum_steps > 1, config.gradient_dtype)
+
+
 def loader_options(num_workers: int, device: torch.device) -> dict:
     """Options of a DataLoader that keeps the device fed; -1 workers: as many as fit, or none for a CPU.
 

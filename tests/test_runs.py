@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import flowseg
 import train as training
 from data import ShapesDataset
+from flowseg_tools import records
 from flowseg_tools.runs import RunError
 from model import FlowSeg
 from train import resolve
@@ -141,7 +142,7 @@ def test_a_signal_in_validation_stops_it_and_it_is_done_again(tmp_path, monkeypa
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_usr1_saves_and_goes_on(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(training, "save_state", lambda *args: saved.append(args[3][0]))
+    monkeypatch.setattr(records, "save_state", lambda *args: saved.append(args[3][0]))
     on_call(monkeypatch, FlowSeg, "loss", 2, tell(signal.SIGUSR1))
     assert run(tmp_path / "run") == 0
     assert saved == [2, 4]
