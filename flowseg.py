@@ -222,7 +222,7 @@ def train(
     folder = out_dir or Path("runs") / name
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=quiet)
     code = training.train(config, network, folder, device, console, allow_changes=allow_changes)
-    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun only the first one speaks
+    if not speaks():
         raise typer.Exit(code)
     if code:
         err.print(f"stopped; the state is saved in {folder}: the same command continues", style="yellow")
@@ -267,6 +267,8 @@ def evaluate(
     from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
     from flowseg_tools.report import check_writable, sort_classes, write_report
+    from flowseg_tools.runs import process_group
+    from flowseg_tools.speed import compile_for
     from train import evaluate
 
     if report:
@@ -276,11 +278,15 @@ def evaluate(
     data.max_pixels = max_pixels or MAX_PIXELS
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
-    console = Console(stderr=True, quiet=quiet or not err.is_terminal)
+    console = Console(stderr=True, quiet=quiet or not err.is_terminal or not speaks())
     progress = partial(track, description="evaluating", console=console, transient=True)
     short_side = short_side or model.info.crop_size
     steps = steps or model.config.steps
-    metrics, protocol = evaluate(model, data, short_side, steps, progress, limit, flip, mode)
+    compile_for(model, min(limit or len(data), len(data)))
+    with process_group(model.centroids.device):  # of torchrun: all share the images, the first one speaks
+        metrics, protocol = evaluate(model, data, short_side, steps, progress, limit, flip, mode)
+    if not speaks():
+        return
 
     facts = scores_of(metrics, data.labels.classes) | {"protocol": protocol}
     if report:
@@ -496,6 +502,11 @@ def progress(indices: Iterable[int], title: str) -> Iterable[int]:
     return track(indices, title, console=console, transient=True)
 
 
+def speaks() -> bool:
+    """Whether this process prints and writes: of those of torchrun only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as text; None is the score of a class that does not occur."""
     return "absent" if share is None else f"{share:.{digits}%}"
@@ -519,7 +530,8 @@ def load(checkpoint: Path | None, device: str = "auto"):
 
     if checkpoint is None or checkpoint.is_dir():
         checkpoint = newest_checkpoint(checkpoint)
-        err.print(f"weights: {checkpoint}")
+        if speaks():
+            err.print(f"weights: {checkpoint}")
     model = DinoFlowSeg.load(checkpoint, pick_device(device))
     if not model.info.classes:
         raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")

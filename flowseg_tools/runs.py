@@ -6,7 +6,7 @@
     state.safetensors       all that the next training step depends on; previous.safetensors: the state before
     preview.png, curves.png a few validation images; loss, mIoU and learning rate
 
-Weights and states are written whole or not at all.
+state.py writes and reads the states.
 """
 
 import json

@@ -47,6 +47,12 @@ def speed_up(run) -> nn.Module:
     return distribute(run.objective, run.device, config.grad_accum_steps > 1, config.gradient_dtype)
 
 
+def compile_for(model: FlowSeg, num_photos: int) -> None:
+    """Compile a model on a GPU that is to see so many photos that it pays."""
+    if model.centroids.is_cuda and num_photos >= WORTH_COMPILING:
+        compile_parts(model)
+
+
 def loader_options(num_workers: int, device: torch.device) -> dict:
     """Options of a DataLoader that keeps the device fed; -1 workers: as many as fit, or none for a CPU.
 
