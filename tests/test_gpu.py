@@ -4,6 +4,7 @@ What needs a GPU is marked `cuda` and skips without one.
 """
 
 import copy
+import json
 import os
 import shutil
 import socket
@@ -409,3 +410,14 @@ def test_no_step_on_a_gpu_waits_for_it(tmp_path, monkeypatch):
     given = {"batch_size": 4, "crop_size": 32, "max_steps": 4}
     configs = resolve(given, [*TINY, "steps=1", "compile=false"])
     assert training.train(*configs, tmp_path / "run", "cuda", Console(quiet=True)) == 0
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
+    """At toy sizes; every part leaves a line, and none fails."""
+    from experiments import gpu
+
+    lines = gpu.main(["--tiny", "--report", str(tmp_path / "gpu.jsonl")])
+    assert [line["part"] for line in lines] == list(gpu.PARTS)
+    assert not [line for line in lines if "error" in line]
+    assert [json.loads(text) for text in (tmp_path / "gpu.jsonl").read_text().splitlines()] == lines

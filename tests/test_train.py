@@ -553,7 +553,7 @@ def dry_run(*options, world=1):
         with pytest.raises(SystemExit) as stop:
             flowseg.main()
     assert stop.value.code == 0
-    return dict(line.strip().split(": ", 1) for line in out if not line.endswith(":"))
+    return dict(line.lstrip().split(": ", 1) for line in out if not line.endswith(":"))
 
 
 def number(facts, words):
