@@ -92,7 +92,7 @@ def train(
     eval_every: options.EvalEvery = None,
     save_every: options.SaveEvery = None,
     dtype: options.Dtype = None,
-    compile: options.Compile = False,
+    compile: options.Compile = None,
     activation_checkpointing: options.ActivationCheckpointing = False,
     deterministic: options.Deterministic = False,
     tensorboard: options.Tensorboard = False,
@@ -112,17 +112,20 @@ def train(
     from flowseg_tools import estimate
     from flowseg_tools import settings as chosen
 
+    context.params["compile"] = {True: "true", False: "false"}.get(compile)
     config, network = training.resolve(chosen.given_fields(context.params, config_file), settings or [])
     if dry_run:
-        for name, value in estimate.cost(config, network, int(os.environ.get("WORLD_SIZE", 1))).items():
-            out.print(f"{name}: {value}")
+        for group, facts in estimate.cost(config, network, int(os.environ.get("WORLD_SIZE", 1))).items():
+            out.print(f"{group}:", style="bold")
+            for name, value in facts.items():
+                out.print(f"  {name}: {value}")
         return
     folder = out_dir or Path("runs") / (
         config.recipe or f"{Path(config.dataset).resolve().name}-{config.preset}"
     )
     console = terminal.make_console(stderr=True, quiet=quiet)
     code = training.train(config, network, folder, device, console, allow_changes=allow_changes)
-    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun only the first one speaks
+    if speaks():
         conclude(folder, code)
     raise typer.Exit(code)
 
@@ -165,7 +168,8 @@ def evaluate(
     from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
     from flowseg_tools.report import check_writable, sort_classes, write_report
-    from flowseg_tools.runs import open_dataset_of
+    from flowseg_tools.runs import open_dataset_of, process_group
+    from flowseg_tools.speed import compile_for
     from train import evaluate
 
     if report:
@@ -177,8 +181,12 @@ def evaluate(
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
     short_side = short_side or model.info.crop_size
     steps = steps or model.config.steps
-    progress = partial(terminal.track, title=f"evaluating {split}", quiet=quiet)
-    metrics, protocol = evaluate(model, data, short_side, steps, progress, limit, flip, mode)
+    progress = partial(terminal.track, title=f"evaluating {split}", quiet=quiet or not speaks())
+    compile_for(model, min(limit or len(data), len(data)))
+    with process_group(model.centroids.device):  # of torchrun: all share the images, the first one speaks
+        metrics, protocol = evaluate(model, data, short_side, steps, progress, limit, flip, mode)
+    if not speaks():
+        return
 
     facts = scores_of(metrics, data.labels.classes) | {"protocol": protocol}
     if report:
@@ -358,6 +366,11 @@ def note_missing_letters(names: tuple[str, ...]) -> None:
         err.print(f"note: the font of the pictures lacks {missing}: pass --font FILE", style="yellow")
 
 
+def speaks() -> bool:
+    """Whether this process prints and writes: of those of torchrun only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def load(checkpoint: Path | None, device: str = "auto", quiet: bool = False):
     """The model of a checkpoint or run directory, by default of the newest run; which one is said."""
     from flowseg_tools.dinov2 import DinoFlowSeg
@@ -368,7 +381,7 @@ def load(checkpoint: Path | None, device: str = "auto", quiet: bool = False):
     model = DinoFlowSeg.load(checkpoint, pick_device(device))
     if not model.info.classes:
         raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")
-    if not quiet:
+    if not quiet and speaks():
         score = "not validated" if model.info.mIoU is None else f"validation mIoU {model.info.mIoU:.1%}"
         err.print(
             terminal.printable(

@@ -211,7 +211,12 @@ def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """
     # All distances by one product.
     with exact_float32(x.device):
-        d = torch.addmm(centroids.square().sum(1, keepdim=True), centroids, x.T, alpha=-2)
+        return _squared_distances(x, centroids)
+
+
+def _squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where the caller has already asked for exact products, so that it compiles as one graph."""
+    d = torch.addmm(centroids.square().sum(1, keepdim=True), centroids, x.T, alpha=-2)
     d += x.square().sum(1)
 
     # The least one again, by differences.
@@ -222,14 +227,17 @@ def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def potential_gradient(
-    x: Tensor, labels: Tensor, centroids: Tensor, eps: float, tau: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, labels: Tensor, centroids: Tensor, eps: float, tau: float = 1.0,
+    of_chunk: Callable | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The potential Phi = -log p_y of pixels and its gradient in x, where p = softmax(-log(d + eps) / tau).
 
     x: (M, dims); labels: (M,) int64 in [0, N); returns phi (M,) and grad (M, dims), float32, or float64 if x
-    is. Pixels are processed in chunks, so memory does not grow with the image.
+    is. Pixels are processed in chunks, so memory does not grow with the image. of_chunk: a compiled
+    `potential_of_chunk`.
     """
     # Types, and the number of pixels in a chunk.
+    of_chunk = of_chunk or potential_of_chunk
     x = x if x.dtype == torch.float64 else x.float()
     mu = centroids.to(x)
     chunk = max(1, (CHUNK_CPU if x.device.type == "cpu" else CHUNK_GPU) // len(mu))  # pixels
@@ -240,18 +248,18 @@ def potential_gradient(
     with exact_float32(x.device):
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            phi[part], grad[part] = _potential_of_chunk(x[part], labels[None, part], mu, eps, tau)
+            phi[part], grad[part] = of_chunk(x[part], labels[None, part], mu, eps, tau)
     return phi, grad
 
 
-def _potential_of_chunk(x: Tensor, y: Tensor, mu: Tensor, eps: float, tau: float) -> tuple[Tensor, Tensor]:
+def potential_of_chunk(x: Tensor, y: Tensor, mu: Tensor, eps: float, tau: float) -> tuple[Tensor, Tensor]:
     """Phi (M,) and its gradient (M, dims) for x (M, dims), y (1, M), mu (N, dims). With s_k = d_k + eps:
 
     grad Phi = (2 / tau) [ (1 - p_y) (x - mu_y) / s_y  -  sum over k != y of p_k (x - mu_k) / s_k ]
                            attraction to the label        repulsion from the other classes
     """
     # The soft assignment, from distances.
-    d, nearest = squared_distances(x, mu)  # (N, M), (1, M)
+    d, nearest = _squared_distances(x, mu)  # (N, M), (1, M)
     s = d.add_(eps)  # (N, M)
     logits = s.log().neg_()  # (N, M)
     logits = logits.sub_(logits.gather(0, nearest)).div_(tau)  # the largest is 0
@@ -288,6 +296,8 @@ def time_left(t: Tensor) -> Tensor:
 
 class FlowSeg(nn.Module):
     """The network with its centroids: training loss, sampler and decoding."""
+
+    compiled_potential: Callable | None = None  # of a chunk, if speed.compile_parts has made one
 
     def __init__(self, config: ModelConfig, network: nn.Module | None = None):
         super().__init__()
@@ -329,7 +339,8 @@ class FlowSeg(nn.Module):
         """Phi (B, 1, H, W) and its gradient (B, dims, H, W); ignored pixels count as class 0."""
         y = labels.where(labels != IGNORE, 0).flatten()  # (B H W,)
         pixels = x1_hat.movedim(1, -1).flatten(0, 2)  # (B H W, dims)
-        phi, grad = potential_gradient(pixels, y, self.centroids, self.eps, self.config.tau)
+        constants = (self.centroids, self.eps, self.config.tau)
+        phi, grad = potential_gradient(pixels, y, *constants, self.compiled_potential)
         return phi.view_as(labels)[:, None], grad.view(*labels.shape, -1).movedim(-1, 1)
 
     def loss(
@@ -360,8 +371,8 @@ class FlowSeg(nn.Module):
         self._check(image, labels)
         count = ((labels != IGNORE).sum() if count is None else count).clamp_min(1)
         t, choice = draw_random(torch.rand, (len(image), 2), generator).unbind(1)  # on the CPU
-        chosen = (choice < self.config.later_share).nonzero()[:, 0].to(image.device)  # without waiting for it
-        t = t.to(image)
+        chosen = (choice < self.config.later_share).nonzero()[:, 0].to(image.device, non_blocking=True)
+        t = t.to(image, non_blocking=True)
 
         # The first state: the image itself.
         x0 = self.source(image)
@@ -459,10 +470,11 @@ class FlowSeg(nn.Module):
         if labels.device.type == "cpu" and (highest := labels.where(labels != IGNORE, 0).max()) > last:
             raise ValueError(f"labels run to {highest}; expected 0..{last} or {IGNORE}")
 
-    def save(self, path: str | Path, **metadata) -> None:
-        """Write the weights atomically as .safetensors; metadata are fields of CheckpointInfo."""
+    def save(self, path: str | Path, write: Callable | None = None, **metadata) -> None:
+        """Write the weights atomically as .safetensors; metadata are fields of CheckpointInfo. write: by
+        default `write_tensors`."""
         facts = {"format": FORMAT, "config": asdict(self.config), **asdict(CheckpointInfo(**metadata))}
-        write_tensors(self.stored(), path, facts)
+        (write or write_tensors)(self.stored(), path, facts)
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds."""

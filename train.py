@@ -1,12 +1,16 @@
-"""Training and evaluation of FlowSeg; flowseg_tools/runs.py has what surrounds a run.
+"""Training and evaluation of FlowSeg; flowseg_tools/ has what surrounds a run.
 
-One training step: draw a batch, take the gradient of `FlowSeg.loss`, clip it, update the weights, and let an
-exponential moving average (EMA) follow them. Now and then the EMA is scored by the function that
-`flowseg eval` calls, and everything that the next step depends on is saved.
+One training step (`backward`, `update`, and the loop at the end) draws a batch, takes the gradient of
+`FlowSeg.loss`, clips it, updates the weights, and lets an exponential moving average (EMA) follow them. Now
+and then the EMA is scored by the function that `flowseg eval` calls, and everything that the next step
+depends on is saved.
 
 All randomness is a function of (seed, step, place in the batch) or of (seed, epoch, index), so a run that was
 stopped and continued is the same run. Under torchrun every process takes its share of each batch and of the
 validation images; the loss is a mean over the whole batch, so the number of processes changes only rounding.
+
+A GPU works behind the host, which only tells it what to do next. Nothing in a step reads a value back, since
+that would wait for the GPU: even a step without a finite gradient is left out by the GPU itself.
 """
 
 import copy
@@ -15,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +28,19 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced, open_dataset
-from flowseg_tools import records, runs
-from flowseg_tools.check import before_training, fingerprint
-from flowseg_tools.dinov2 import Alignment, DinoFlowSeg, load_encoder
+from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced
+from flowseg_tools import records, runs, speed, start
+from flowseg_tools.dinov2 import Alignment
 from flowseg_tools.predict import Mode, read_ahead, segment_photo
-from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError, process, summed
-from flowseg_tools.settings import command_for, resolve_as
-from flowseg_tools.terminal import make_bar, make_console, tracked
-from model import FlowSeg, ModelConfig, check_ranges, draw_random, weights_hash
+from flowseg_tools.settings import resolve_as
+from flowseg_tools.terminal import make_bar, tracked
+from model import FlowSeg, ModelConfig, check_ranges, weights_hash
 
 MOST_FAILURES = 10  # steps in a row without a finite gradient
+AGREE_EVERY = 10  # steps after which the processes of several GPUs agree whether to stop
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,13 @@ class TrainConfig:
     repa_weight: float = 0.5
     eval_every: int = 200
     save_every: int = 200
+    save_minutes: float = 0.0  # also save when so many minutes have passed; 0: never
     log_every: int = 25
-    num_workers: int = 0  # processes that load images
+    num_workers: int = -1  # processes that load images; -1: as many as fit on CUDA, none elsewhere
     max_pixels: int = MAX_PIXELS  # the largest picture that is opened
     dtype: str = "auto"  # of the network's arithmetic; auto: bfloat16 on CUDA, float32 elsewhere
-    compile: bool = False  # torch.compile the network
+    gradient_dtype: str = "float32"  # of gradients between processes; bfloat16 helps slow networks
+    compile: str = "auto"  # torch.compile the parts of the network: true, false, or on CUDA
     activation_checkpointing: bool = False  # recompute activations in the backward pass: slower, far smaller
     deterministic: bool = False  # refuse operations whose result may vary, on a GPU
     tensorboard: bool = False  # also write TensorBoard's file
@@ -85,9 +89,10 @@ TRAIN_RANGES = {  # lowest and highest value of every number, or all words that 
     "seed": (0, 2**63 - 1), "max_steps": COUNT, "batch_size": (1, 10**6), "grad_accum_steps": (1, 10**6),
     "crop_size": (1, 2**16), "lr": (0.0, 1e30), "warmup_steps": (0, 10**9), "weight_decay": (0.0, 1e3),
     "grad_clip": (1e-12, 1e30), "ema_decay": (0.0, 1.0), "repa_depth": (1, 1000), "repa_weight": (0.0, 1e6),
-    "eval_every": COUNT, "save_every": COUNT, "log_every": COUNT, "num_workers": (0, 1024),
-    "max_pixels": (1, 10**12),
-    "dtype": ("auto", "float32", "bfloat16"), "optimizer": ("adamw", "muon"),
+    "eval_every": COUNT, "save_every": COUNT, "log_every": COUNT, "num_workers": (-1, 1024),
+    "save_minutes": (0.0, 1e6), "max_pixels": (1, 10**12), "optimizer": ("adamw", "muon"),
+    "dtype": ("auto", "float32", "bfloat16"), "gradient_dtype": ("float32", "bfloat16"),
+    "compile": ("auto", "true", "false"),
 }  # fmt: skip
 
 
@@ -148,13 +153,15 @@ def evaluate(
     """Segment every image and compare at its original size; returns the metrics and their protocol.
 
     track: wraps the iterable of indices, for a progress bar. limit: most images, evenly spaced. Under
-    torchrun the processes share the images and all get the same result.
+    torchrun the processes share the images and all get the same metrics; only the first hashes the weights.
     """
     num_classes = len(dataset.labels.classes)
     indices = evenly_spaced(len(dataset), limit)
     rank, world = process()
     confusion = np.zeros((num_classes, num_classes), np.int64)
     ious = np.zeros(len(indices))  # of single images
+
+    # Every process segments its share of the images, while a thread already reads the next one.
     samples = read_ahead(dataset.__getitem__, track(indices[rank::world]))
     for i, (photo, labels) in enumerate(samples):
         prediction, _ = segment_photo(model, photo, short_side, steps, mode, flip)
@@ -162,12 +169,14 @@ def evaluate(
         confusion += counts
         in_label = torch.from_numpy(counts.sum(1) > 0)  # a speck of another class does not count as a class
         ious[rank + i * world] = Metrics(counts).iou[in_label].mean()
+
+    # Together they have counted all pixels.
     for values in (confusion, ious):
         summed(torch.from_numpy(values))  # in place
     protocol = {
         "dataset": dataset.name, "split": dataset.split, "images": len(indices),
         "evenly_spaced_of": len(dataset), "mode": mode, "flip": flip, "short_side": short_side,
-        "compared_at": "original size", "steps": steps, "weights": weights_hash(model),
+        "compared_at": "original size", "steps": steps, "weights": weights_hash(model) if rank == 0 else "",
     }  # fmt: skip
     return Metrics(confusion, dict(zip(indices, ious.tolist(), strict=True))), protocol
 
@@ -213,6 +222,8 @@ class Muon(torch.optim.Optimizer):
     (Liu et al., Moonlight, 2025). Under torchrun each process updates its share of the matrices and sends it.
     """
 
+    found_inf: Tensor | None = None  # 1 where the step is to change nothing, as for PyTorch's fused AdamW
+
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
@@ -221,6 +232,7 @@ class Muon(torch.optim.Optimizer):
         """Update all matrices that have a gradient."""
         rank, world = process()
         group = self.param_groups[0]
+        rate, beta = group["lr"], group["momentum"]
         sent = []
         for i, weight in enumerate(group["params"]):
             if weight.grad is None:
@@ -228,13 +240,23 @@ class Muon(torch.optim.Optimizer):
             if weight not in self.state:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
             momentum = self.state[weight]["momentum"]
-            momentum.lerp_(weight.grad, 1 - group["momentum"])
+
+            # Where the step is to change nothing, the gradient is taken to be the momentum, which then stays.
+            G = weight.grad
+            if self.found_inf is not None:
+                G = G.where(self.found_inf == 0, momentum)
+            momentum.lerp_(G, 1 - beta)
+
+            # Each matrix has one owner, which sends the others what became of it.
             owner = i % world
             if owner == rank:
-                direction = weight.grad.lerp(momentum, group["momentum"]).flatten(1)
+                direction = G.lerp(momentum, beta).flatten(1)
                 size = 0.2 * max(direction.shape) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(orthogonal(direction).view_as(weight), alpha=-group["lr"] * size)
+                moved = weight * (1 - rate * group["weight_decay"])
+                moved.add_(orthogonal(direction).view_as(weight), alpha=-rate * size)
+                if self.found_inf is not None:
+                    moved = moved.where(self.found_inf == 0, weight)
+                weight.copy_(moved)
             if world > 1:
                 sent.append(dist.broadcast(weight, owner, async_op=True))
         for message in sent:
@@ -252,6 +274,7 @@ def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.opt
     Matrices decay; biases, norms and embeddings do not. AdamW's second moment forgets after about 100 steps
     instead of the usual 1000, because runs may be short.
     """
+    # Which parameter goes where.
     hidden, matrices, others, public = [], [], [], []
     for name, parameter in objective.named_parameters():
         outer = name.removeprefix("model.network.").startswith((*FIRST, *LAST))
@@ -265,6 +288,8 @@ def make_optimizers(objective: nn.Module, config: TrainConfig) -> list[torch.opt
             matrices.append(parameter)
         else:
             hidden.append(parameter)
+
+    # The learning rate of a group is that of the step, times its lr_scale.
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -302,7 +327,9 @@ class Objective(nn.Module):
         return loss, {"loss": loss.detach(), **stats}
 
 
-def batches(data: Dataset, config: TrainConfig, step: int) -> Iterator[list[Tensor]]:
+def batches(
+    data: Dataset, config: TrainConfig, step: int, device: torch.device | str = "cpu"
+) -> Iterator[list[Tensor]]:
     """The parts of this process's share of every batch, from `step` on: images, labels, indices."""
     rank, world = process()
     share = config.batch_size // world
@@ -313,9 +340,7 @@ def batches(data: Dataset, config: TrainConfig, step: int) -> Iterator[list[Tens
         Stream(data, config.crop_size, config.seed),
         batch_size=share // config.grad_accum_steps,
         sampler=positions,
-        num_workers=config.num_workers,
-        timeout=300 if config.num_workers else 0,  # seconds for a batch
-        worker_init_fn=runs.outlive_signals,
+        **speed.loader_options(config.num_workers, torch.device(device)),
     )
     return iter(loader)
 
@@ -339,13 +364,17 @@ def backward(
     parts: what `batches` gave for one step. Returns what these parts contribute to the loss and its
     diagnostics: their sum over all processes is that of the batch.
     """
+    objective.zero_grad()
     _, world = process()
-    count = sum((labels != IGNORE).sum() for _, labels, _ in parts)
-    count = summed(count).to(device)
+
+    # uint8 travels to the device, a quarter of float32, and the host does not wait until it is there.
+    here = []
+    for images, labels, _ in parts:
+        here.append((images.to(device, non_blocking=True), labels.to(device, non_blocking=True)))
+    count = summed(sum((labels != IGNORE).sum() for _, labels in here))  # labelled pixels of the whole batch
+
     totals: dict[str, Tensor] = {}
-    for i, (images, labels, _) in enumerate(parts):
-        images = images.to(device) / 127.5 - 1  # uint8 travels to the device, a quarter of float32
-        labels = labels.to(device).long()
+    for i, (images, labels) in enumerate(here):
         own = generators[i * len(images) : (i + 1) * len(images)]
         share = len(images) / (len(generators) * world)
 
@@ -353,11 +382,30 @@ def backward(
         waits = world > 1 and i < len(parts) - 1
         with objective.no_sync() if waits else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss, stats = objective(images, labels, own, count, share)
+                loss, stats = objective(images / 127.5 - 1, labels.long(), own, count, share)
             (loss * world).backward()  # DDP takes the mean over processes, each has a part of the sum
         for name, value in stats.items():
             totals[name] = totals.get(name, 0) + value
     return totals
+
+
+def update(
+    parameters: list[Tensor], optimizers: list[torch.optim.Optimizer], lr: float, grad_clip: float
+) -> tuple[Tensor, Tensor]:
+    """Step along the clipped gradient; returns its norm before, and whether that was finite.
+
+    Without a finite gradient the step changes nothing, as found_inf tells the optimizers on the device.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    finite = norm.isfinite()
+    nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm.where(finite, 0))  # norm 0: nothing to clip
+    for optimizer in optimizers:
+        optimizer.found_inf = (~finite).float()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        optimizer.step()
+    return norm, finite
 
 
 # Training ------------------------------------------------------------------------------------------------
@@ -379,95 +427,53 @@ class Run:
         self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
         torch.use_deterministic_algorithms(config.deterministic)
-        self.data = open_dataset(config.dataset, "training", config.root)
-        self.held_out = open_dataset(config.dataset, "validation", config.root)
-        for part in (self.data, self.held_out):
-            part.max_pixels = config.max_pixels
-        loud = make_console(stderr=True, quiet=self.rank > 0).print  # what is wrong with data is never quiet
-        before_training([self.data, self.held_out], loud)
+        self.data, self.held_out = start.open_splits(config, self.rank)
 
-        # The network, from random weights or from others; alignment is trained with it, but not exported.
-        torch.manual_seed(config.seed)
-        model = (DinoFlowSeg if network.vit_width else kind)(network)
-        origin = "random weights"
-        if config.encoder:
-            load_encoder(model.network, config.encoder)
-        elif network.vit_width and (not config.init or config.init.endswith(".ckpt")):
-            raise RunError(f"preset {config.preset} needs --encoder FILE; `flowseg download` lists DINOv2")
-        if config.init and not (folder / runs.STATE).exists():
-            origin = runs.newest_checkpoint(Path(config.init), command_for(config.init))
-            start_from(model, origin)
+        # The alignment is trained with the model and belongs to the saved state, but is not exported.
+        model, origin = start.make_model(config, network, kind, folder)
         self.model = model.to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
-        self.modules: dict[str, nn.Module] = {"model": self.model, "ema": self.ema}  # of the saved state
-        alignment = None
-        if config.teacher:
-            torch.manual_seed(config.seed)  # whatever the weights were read from
-            alignment = Alignment(model.network, config.teacher, config.repa_depth, config.repa_weight)
+        alignment = start.make_alignment(config, self.model)
+        self.modules: dict[str, nn.Module] = {"model": self.model, "ema": self.ema}
+        if alignment:
             self.modules["alignment"] = alignment
         self.objective: nn.Module = Objective(self.model, alignment)
         self.optimizers = make_optimizers(self.objective, config)
 
-        # The run directory, in which one process at a time may train.
-        labels = fingerprint([self.data, self.held_out])
-        settings = {"train": asdict(config), "model": asdict(network), "labels": labels}
-        if self.rank == 0:
-            for change in runs.check(folder, settings, allow_changes):
-                loud.print(f"warning: {folder}: {change}", style="yellow")
-            stack.enter_context(runs.locked(folder))
-        at = runs.load_state(folder, self.modules, self.optimizers, console, writes=self.rank == 0)
-        self.step, self.validated, self.best = at  # steps done, step last validated, best mIoU
-        if self.step > config.max_steps:
-            raise RunError(f"{folder} is at step {self.step}; expected --max-steps {self.step} or more")
-        if self.rank == 0:
-            runs.claim(folder, settings)
-            self.log = records.Log(folder, config.tensorboard, console)
-            self.log.rewind(self.step, self.validated)
-        self._speed_up()
+        # How far it is: steps done, step last validated, best mIoU; and the first two as last saved.
+        self.step, self.validated, self.best = start.enter_folder(self, allow_changes, stack)
+        self.saved = (self.step, self.validated)
+        self.objective = speed.speed_up(self)
         records.introduce(self, f"step {self.step} of the run" if self.step else origin)
-
-    def _speed_up(self) -> None:
-        """Change how a step is computed, but not its result."""
-        network = self.model.network
-        network.activation_checkpointing = self.config.activation_checkpointing
-        if self.config.compile:  # in place, so that the weights keep their names
-            network.compile()
-            network.encode_image = torch.compile(network.encode_image)
-        if self.world > 1:
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            self.objective = DistributedDataParallel(
-                self.objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
 
     def due(self, period: int) -> bool:
         """Whether something that is done every `period` steps, and at the end, is to be done now."""
         return self.step > 0 and (self.step % period == 0 or self.step == self.config.max_steps)
 
-    def report(self, values: dict[str, Tensor], norm: Tensor, seconds: float) -> str:
-        """Log the diagnostics of the last step; returns the line for the terminal.
+    def validate(self, signals: list[int], bar: Progress) -> tuple[int, bool]:
+        """Score the EMA and write its weights; returns what the processes agree on afterwards.
 
-        seconds: for each of the steps since the last report.
+        A validation that a signal interrupts is done again when the run continues.
         """
-        means = summed(torch.stack([*values.values()]).cpu()).tolist()
-        facts = dict(zip(values, means, strict=True))
-        text = "  ".join(f"{name} {facts[name]:.3g}" for name in ("loss", "fm_error", "phi"))
-        speed = self.config.batch_size / seconds
-        facts |= {"grad_norm": float(norm), "lr": learning_rate(self.step - 1, self.config)}
-        facts |= {"seconds_per_step": seconds, "images_per_second": speed}
-        if self.rank == 0:
-            self.log.write(self.step, **facts, **runs.peak_memory(self.device))
-        return f"{text}  {speed:.3g} images/s"
 
+        def until_stopped(indices: list[int]) -> Iterator[int]:
+            for index in tracked(bar, indices, f"validating at step {self.step}"):
+                if set(runs.STOPS) & set(signals):
+                    return
+                yield index
 
-def explain_failure(run: Run, parts: list) -> str:
-    """Which step, time, parameter and files had no finite gradient, and what to do."""
-    generators = noise_generators(run.config, run.step)
-    t = draw_random(torch.rand, (len(generators),), generators)
-    bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    files = [run.data.read(i)[2] for *_, indices in parts for i in indices.tolist()]
-    where = f"the last at step {run.step}, first in {[*bad, 'norm'][0]}, t {t.min():.2f} to {t.max():.2f}"
-    fix = f"lower --lr {run.config.lr:g}, or look at {', '.join(files)}"
-    return f"no finite gradient in {MOST_FAILURES} steps in a row, {where}; {fix}"
+        config = self.config
+        steps = self.ema.config.steps
+        metrics, protocol = evaluate(self.ema, self.held_out, config.crop_size, steps, until_stopped)
+        stop, wants_save = runs.agree(signals)
+        if not stop:
+            score = metrics.scores["mIoU"]
+            self.console.print(f"step {self.step}: validation mIoU {score:.1%}")
+            if self.rank == 0:
+                records.write_weights(self, metrics, protocol)
+            self.validated = self.step
+            self.best = max(self.best, score)
+        return stop, wants_save
 
 
 def train(
@@ -495,74 +501,61 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
     """Train until the end, or until a signal; returns its number, or 0."""
     config = run.config
     task = bar.add_task("starting", total=config.max_steps, completed=run.step)
-    loader = batches(run.data, config, run.step)
-    failures = 0
-    saved = (run.step, run.validated)
+    loader = batches(run.data, config, run.step, run.device)
+    parameters = [parameter for parameter in run.objective.parameters() if parameter.requires_grad]
+    failures = torch.zeros((), device=run.device)  # steps in a row without a finite gradient
+    often = run.device.type == "cpu" or run.world == 1  # to agree costs nothing
+    saved_at = time.monotonic()
     started = run.step
     measured_from = run.step
     began = time.perf_counter()
-
-    def until_stopped(indices: list[int]) -> Iterator[int]:
-        for index in tracked(bar, indices, f"validating at step {run.step}"):
-            if set(runs.STOPS) & set(signals):
-                return
-            yield index
+    stop = 0
+    wants_save = False
 
     while True:
-        # Validation. One that a signal interrupts is done again when the run continues.
-        stop, wants_save = runs.agree(signals)
+        # What the processes agree on: the signal to stop for, and whether it is time to save.
+        late = config.save_minutes and time.monotonic() - saved_at > 60 * config.save_minutes
+        if often or run.step % AGREE_EVERY == 0 or run.step == config.max_steps:
+            stop, wants_save = runs.agree(signals, bool(late) and run.rank == 0)
+
+        # Validation.
         if run.due(config.eval_every) and run.validated < run.step and not stop:
-            steps = run.ema.config.steps
-            metrics, protocol = evaluate(run.ema, run.held_out, config.crop_size, steps, until_stopped)
-            stop, wants_save = runs.agree(signals)
-            if not stop:
-                score = metrics.scores["mIoU"]
-                run.console.print(f"step {run.step}: validation mIoU {score:.1%}")
-                if run.rank == 0:
-                    records.write_weights(run, metrics, protocol)
-                run.validated = run.step
-                run.best = max(run.best, score)
+            stop, wants_too = run.validate(signals, bar)
+            wants_save = wants_save or wants_too
             measured_from = run.step
             began = time.perf_counter()
 
         # Saving. While steps fail, the healthy state from before is kept.
-        if stop or wants_save or (run.due(config.save_every) and not failures):
-            if run.rank == 0 and saved != (run.step, run.validated):
-                if run.validated < run.step:
-                    records.write_weights(run)
-                at = (run.step, run.validated, run.best)
-                runs.save_state(run.folder, run.modules, run.optimizers, at)
-            saved = (run.step, run.validated)
+        if stop or wants_save or (run.due(config.save_every) and not int(failures)):
+            records.save(run)
+            saved_at = time.monotonic()
+            wants_save = False
             signals[:] = [number for number in signals if number in runs.STOPS]
         if stop or run.step == config.max_steps:
             return stop
 
-        # One training step: gradient, clipping, update. Without a finite gradient it is left out.
+        # One training step: gradient, clipping, update.
         parts = [next(loader) for _ in range(config.grad_accum_steps)]
-        values = backward(run.objective, parts, noise_generators(config, run.step), run.bfloat16, run.device)
-        parameters = [parameter for parameter in run.objective.parameters() if parameter.requires_grad]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        failures = 0 if norm.isfinite() else failures + 1
-        if failures == 0:
-            nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
-            for optimizer in run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(run.step, config) * group.get("lr_scale", 1.0)
-                optimizer.step()
-        elif failures == MOST_FAILURES:
-            raise RunError(explain_failure(run, parts))
-        run.objective.zero_grad()
+        generators = noise_generators(config, run.step)
+        values = backward(run.objective, parts, generators, run.bfloat16, run.device)
+        rate = learning_rate(run.step, config)
+        norm, finite = update(parameters, run.optimizers, rate, config.grad_clip)
+        failures = (failures + 1).where(~finite, 0)
         run.step += 1
 
         # The average follows the weights; at first it is an average of few steps.
         decay = min(config.ema_decay, run.step / (10 + run.step))
         torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
 
-        # The report: a line of the log, and of the terminal unless a bar moves there.
+        # The report: a line of the log, and of the terminal unless a bar moves there. Here the host waits.
         bar.update(task, completed=run.step)
         seconds = (time.perf_counter() - began) / (run.step - measured_from)
         if run.due(config.log_every):
-            records.tell(run, bar, run.report(values, norm, seconds), seconds)
+            facts = records.read_values(values, norm, failures)
+            if facts["failures"] >= MOST_FAILURES:
+                generators = noise_generators(config, run.step - 1)  # to draw again what was drawn
+                raise RunError(records.explain_failure(run, parts, generators, facts["failures"]))
+            records.tell(run, bar, records.report(run, facts, rate, seconds), seconds)
             measured_from = run.step
             began = time.perf_counter()
         elif run.step == started + 2:  # nobody has to wait for the first report

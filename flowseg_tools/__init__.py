@@ -7,7 +7,10 @@ predict     whole photos: resized, in windows, brought back to their own size
 segment     the segment command: finds photos, plans outputs, writes and reports them
 draw        masks, overlays, legends, previews, curves; pictures written whole or not at all
 report      what an evaluation leaves behind: numbers, confusion matrix, sheets of the worst images
-runs        run directories: config, state, log, lock, signals, devices
+start       what a run starts from: data, weights, the state that it continues
+runs        run directories: config, log, lock, signals, devices, processes
+state       all that the next step depends on: written beside training, read, shared by the processes
+speed       compiled parts, image loaders, DistributedDataParallel
 records     what a run writes and says: weights with scores, preview, logs
 describe    what `info` says of this machine, a run, a checkpoint
 export      photo -> class ids as a program for other runtimes

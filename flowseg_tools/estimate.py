@@ -11,7 +11,8 @@ from model import ModelConfig
 
 H100_TFLOPS = 989  # in bfloat16, dense, by its data sheet
 UTILISATION = 0.4  # share of it that training is taken to reach
-SHARE_IN_BFLOAT16 = 0.6  # of the float32 bytes kept for the backward pass: some stay float32; measured
+USABLE_GB = 76  # of 80: the rest is for CUDA itself, the libraries, evaluation and fragments
+SHARE_IN_BFLOAT16 = 0.67  # of the float32 bytes kept for the backward pass: some stay float32
 
 
 def counted(config: ModelConfig, size: int, activation_checkpointing: bool = False) -> tuple[int, int, int]:
@@ -38,10 +39,11 @@ def _count_step(config: ModelConfig, size: int, activation_checkpointing: bool) 
         labels = torch.zeros(1, size, size, dtype=torch.int64)
     model.network.activation_checkpointing = activation_checkpointing
     tokens = (size // config.patch_size) ** 2
+    attention = (config.num_heads, tokens, tokens)  # shape of its matrix for one image
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.shape[-2:] != (tokens, tokens):
+        if tensor.shape[1:] != attention:
             kept[tensor.untyped_storage()._cdata] = tensor  # what is kept in several places counts once
         return tensor
 
@@ -56,14 +58,13 @@ def _count_step(config: ModelConfig, size: int, activation_checkpointing: bool) 
     return num_parameters, counter.get_total_flops(), num_bytes
 
 
-def cost(config, network: ModelConfig, world: int) -> dict:
-    """Both configurations and what the run takes on `world` H100 GPUs; config is a TrainConfig.
+def gigabytes(config, network: ModelConfig, world: int) -> tuple[float, float]:
+    """What weights, gradients, moments and EMA take on each GPU, and what is kept for the backward pass.
 
-    Memory is 20 bytes a parameter (weights, gradients, two moments and EMA in float32), with bfloat16 2 more
-    for a copy of the weights; 12 less for a frozen one, which has neither gradient nor moments; and what is
-    kept for the backward pass of every image at a time.
+    The first is 20 bytes a parameter in float32, with bfloat16 2 more for a copy of the weights; 12 less for
+    a frozen one, which has neither gradient nor moments. The second grows with the images at a time.
     """
-    parameters, flops, kept = counted(network, config.crop_size, config.activation_checkpointing)
+    parameters, _, kept = counted(network, config.crop_size, config.activation_checkpointing)
     images = config.batch_size // world // config.grad_accum_steps
     bytes_each = 20
     share = 1.0
@@ -72,17 +73,47 @@ def cost(config, network: ModelConfig, world: int) -> dict:
         share = SHARE_IN_BFLOAT16
     with torch.device("meta"):
         frozen = sum(p.numel() for p in DinoFlowSeg(network).parameters() if not p.requires_grad)
-    fixed = (bytes_each * parameters - 12 * frozen) / 1e9
-    grows = images * share * kept / 1e9
+    return (bytes_each * parameters - 12 * frozen) / 1e9, images * share * kept / 1e9
+
+
+def fit(config, network: ModelConfig, world: int) -> str:
+    """Whether the run fits a GPU of 80 GB; if not, the option that makes it fit."""
+    if sum(gigabytes(config, network, world)) <= USABLE_GB:
+        return "fits 80 GB"
+    images = config.batch_size // world
+    tries = []
+    for steps in range(config.grad_accum_steps + 1, images + 1):
+        if images % steps == 0:
+            tries.append({"grad_accum_steps": steps})
+    tries.insert(1, {"activation_checkpointing": True})  # halving the images at a time costs less
+    tries += [one | {"activation_checkpointing": True} for one in tries]
+    for changes in tries:
+        needed = sum(gigabytes(replace(config, **changes), network, world))
+        if needed <= USABLE_GB:
+            options = " ".join(f"--set {name}={str(value).lower()}" for name, value in changes.items())
+            return f"does not fit 80 GB: {options} needs {needed:.1f} GB"
+    return "does not fit 80 GB: lower --crop-size, or take a smaller --preset"
+
+
+def cost(config, network: ModelConfig, world: int) -> dict[str, dict]:
+    """Both configurations and what the run takes on `world` H100 GPUs, in groups; config is a TrainConfig."""
+    parameters, flops, _ = counted(network, config.crop_size, config.activation_checkpointing)
+    fixed, grows = gigabytes(config, network, world)
     tera = config.batch_size * flops / 1e12
     hours = config.max_steps * tera / (UTILISATION * H100_TFLOPS) / 3600
-    facts = {
-        "parameters": parameters,
-        "TFLOP a step (products and convolutions, forward and backward)": round(tera, 3),
-        "images at a time on each GPU": images,
-        "GB of weights, gradients, moments and EMA": round(fixed, 3),
-        "GB kept for the backward pass": round(grows, 3),
-        "GB of GPU memory": round(fixed + grows, 3),
-        f"hours on one H100 at {UTILISATION:.0%} of {H100_TFLOPS} TFLOP/s": round(hours, 3),
+    return {
+        "training": asdict(config),
+        "network": asdict(network),
+        "memory of each GPU": {
+            "parameters": parameters,
+            "images at a time on each GPU": config.batch_size // world // config.grad_accum_steps,
+            "GB of weights, gradients, moments and EMA": round(fixed, 3),
+            "GB kept for the backward pass": round(grows, 3),
+            "GB of GPU memory": round(fixed + grows, 3),
+            "one GPU of 80 GB": fit(config, network, world),
+        },
+        "work": {
+            "TFLOP a step (products and convolutions, forward and backward)": round(tera, 3),
+            f"hours on one H100 at {UTILISATION:.0%} of {H100_TFLOPS} TFLOP/s": round(hours, 3),
+        },
     }
-    return asdict(config) | asdict(network) | facts

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -16,8 +17,9 @@ from torch import Tensor
 from data import PictureError, evenly_spaced
 from flowseg_tools import draw
 from flowseg_tools.predict import segment_photo, to_input
-from flowseg_tools.runs import RunError, environment, replace_text
-from model import FlowSeg, least_spacing, squared_distances
+from flowseg_tools.runs import RunError, environment, peak_memory, replace_text, summed
+from flowseg_tools.state import save_state
+from model import FlowSeg, draw_random, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
 HISTORY = "history.txt"
@@ -145,6 +147,50 @@ def tell(run, bar: Progress, text: str, seconds: float) -> None:
         run.console.print(f"step {run.step}/{run.config.max_steps}  {text}  {left} left")
 
 
+def read_values(values: dict[str, Tensor], norm: Tensor, failures: Tensor) -> dict[str, float]:
+    """The diagnostics of a step, over all processes, and how many steps in a row had no finite gradient.
+
+    All are read at once: this is where the host waits until the device has caught up.
+    """
+    sums = summed(torch.stack([*values.values()]))
+    numbers = torch.cat([sums, torch.stack([norm, failures])]).tolist()
+    return dict(zip([*values, "grad_norm", "failures"], numbers, strict=True))
+
+
+def report(run, facts: dict[str, float], lr: float, seconds: float) -> str:
+    """Log the diagnostics of the last step of a train.Run; returns the text for the terminal.
+
+    seconds: for each of the steps since the last report.
+    """
+    del facts["failures"]
+    text = "  ".join(f"{name} {facts[name]:.3g}" for name in ("loss", "fm_error", "phi"))
+    speed = run.config.batch_size / seconds
+    facts |= {"lr": lr, "seconds_per_step": seconds, "images_per_second": speed}
+    if run.rank == 0:
+        run.log.write(run.step, **facts, **peak_memory(run.device))
+    return f"{text}  {speed:.3g} images/s"
+
+
+def explain_failure(run, parts: list, generators: list[torch.Generator], failures: float) -> str:
+    """Which step, time, parameter and files had no finite gradient, and what to do; run is a train.Run."""
+    t = draw_random(torch.rand, (len(generators),), generators)
+    bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    files = [run.data.read(i)[2] for *_, indices in parts for i in indices.tolist()]
+    where = f"the last at step {run.step}, first in {[*bad, 'norm'][0]}, t {t.min():.2f} to {t.max():.2f}"
+    fix = f"lower --lr {run.config.lr:g}, or look at {', '.join(files)}"
+    return f"no finite gradient in {failures:.0f} steps in a row, {where}; {fix}"
+
+
+def save(run) -> None:
+    """Write all that the next step of a train.Run depends on, and its EMA, unless both are there already."""
+    if run.rank == 0 and run.saved != (run.step, run.validated):
+        if run.validated < run.step:
+            write_weights(run)
+        at = (run.step, run.validated, run.best)
+        save_state(run.folder, run.modules, run.optimizers, at, run.writer.write)
+    run.saved = (run.step, run.validated)
+
+
 def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
     """Write the EMA weights of a train.Run as `last`, with metrics also pictures and, at its best, `best`."""
     config = run.config
@@ -159,11 +205,11 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
         "crop_size": config.crop_size, "step": run.step, "protocol": protocol or {},
         "environment": made_with, **scores,
     }  # fmt: skip
-    run.ema.save(run.folder / "last.safetensors", **facts)
+    run.ema.save(run.folder / "last.safetensors", run.writer.write, **facts)
     if metrics is None:
         return
     if scores["mIoU"] > run.best:
-        run.ema.save(run.folder / "best.safetensors", **facts)
+        run.ema.save(run.folder / "best.safetensors", run.writer.write, **facts)
     rows = []
     distances = []
     notes = []

@@ -6,7 +6,7 @@
     state.safetensors       all that the next training step depends on; previous.safetensors: the state before
     preview.png, curves.png a few validation images; loss, mIoU and learning rate
 
-Weights and states are written whole or not at all.
+state.py writes and reads the states.
 """
 
 import json
@@ -20,24 +20,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from data import DataError, Dataset, data_root, open_dataset
-from model import CheckpointError, CheckpointInfo, write_tensors
+from model import CheckpointInfo
 
-STATE = "state.safetensors"
-PREVIOUS = "previous.safetensors"
 CONFIG = "config.json"
-STATE_FORMAT = "flowseg-state-2"
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAVE = getattr(signal, "SIGUSR1", None)  # save now and go on; Windows has none
 MAY_GROW = ("max_steps", "max_pixels")  # settings that a later call may raise
 PLACES = ("dataset", "root")  # settings that may change if the files there are the same
-
-
-Optimizers = list[torch.optim.Optimizer]
 
 
 class RunError(Exception):
@@ -127,93 +118,6 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
-
-
-def save_state(
-    folder: Path, modules: dict[str, nn.Module], optimizers: Optimizers, at: tuple[int, int, float]
-) -> None:
-    """Write all that the next step depends on, and keep the state before it.
-
-    modules: whose weights belong to the state; the optimizers are of their parameters. at: step, step last
-    validated, best mIoU.
-    """
-    modules = nn.ModuleDict(modules)
-    names = {parameter: name for name, parameter in modules.named_parameters()}
-    tensors = modules.state_dict()
-    for optimizer in optimizers:
-        for parameter, moments in optimizer.state.items():
-            for kind, value in moments.items():
-                tensors[f"optimizer.{names[parameter]}.{kind}"] = value
-    write_tensors(tensors, folder / STATE, {"format": STATE_FORMAT, "at": at}, keep=PREVIOUS)
-
-
-def read_state(path: Path) -> tuple[dict[str, torch.Tensor], tuple[int, int, float]]:
-    """The tensors of a state and its `at`. CheckpointError: it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if json.loads(metadata["format"]) != STATE_FORMAT:
-                raise ValueError("written by another version of flowseg")
-            step, validated, best = json.loads(metadata["at"])
-            if type(step) is not int or type(validated) is not int or not 0 <= validated <= step:
-                raise ValueError(f"step {step!r}, validated {validated!r}")
-            if type(best) not in (int, float) or not -1 <= best <= 1:
-                raise ValueError(f"best mIoU {best!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from error
-    return tensors, (step, validated, best)
-
-
-def load_state(
-    folder: Path, modules: dict[str, nn.Module], optimizers: Optimizers, console: Console, writes: bool
-) -> tuple[int, int, float]:
-    """Continue from the newest state that can be read: step, step last validated, best mIoU so far.
-
-    writes: this process is the one that sets a damaged state aside.
-    """
-    damage = []
-    tensors: dict[str, torch.Tensor] = {}
-    at = (0, 0, -1.0)
-    paths = [path for path in (folder / STATE, folder / PREVIOUS) if path.exists()]
-    for path in paths:
-        try:
-            tensors, at = read_state(path)
-            break
-        except CheckpointError as error:
-            damage.append(str(error))
-    if paths and len(damage) == len(paths):
-        raise CheckpointError(f"{'; '.join(damage)}; choose another folder with --out")
-    if damage and writes:  # set aside, so that the next save does not take it for the state to keep
-        rest = f"going on from the state saved before it, at step {at[0]}"
-        console.print(f"warning: {damage[0]}: {rest}", style="yellow")
-        (folder / STATE).replace(folder / "damaged.safetensors")
-    if not tensors:
-        return at
-
-    whole = nn.ModuleDict(modules)
-    parameters = dict(whole.named_parameters())
-    owners = {parameter: optimizer for optimizer in optimizers for group in optimizer.param_groups
-              for parameter in group["params"]}  # fmt: skip
-    weights = {}
-    try:
-        for key, value in tensors.items():
-            if not key.startswith("optimizer."):
-                weights[key] = value
-                continue
-            name, kind = key.removeprefix("optimizer.").rsplit(".", 1)
-            parameter = parameters[name]
-            if value.ndim and value.shape != parameter.shape:
-                raise RuntimeError(f"{key} is {tuple(value.shape)}, expected {tuple(parameter.shape)}")
-            if (kind == "momentum") != ("momentum" in owners[parameter].defaults):
-                raise RuntimeError(f"{key} is of another optimizer")
-            owners[parameter].state[parameter][kind] = value.to(parameter.device)
-        whole.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:  # settings that --allow-changes let through
-        raise RunError(
-            f"{folder}: its state is of another network, teacher or optimizer; use --out"
-        ) from error
-    return at
 
 
 def newest_checkpoint(where: Path | None = None, command: str = "flowseg train") -> Path:
@@ -354,10 +258,14 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def agree(signals: list[int]) -> tuple[int, bool]:
-    """The signal to stop for, or 0, and whether one asks to save: the same answer in every process."""
-    counts = summed(torch.tensor([signals.count(number) for number in (*STOPS, SAVE)]))
-    *stops, save = counts.tolist()
+def agree(signals: list[int], wants_save: bool = False) -> tuple[int, bool]:
+    """The signal to stop for, or 0, and whether to save, as one process wants or a signal asks for: the same
+    answer in every process."""
+    counts = [signals.count(number) for number in (*STOPS, SAVE)]
+    counts[-1] += wants_save
+    if dist.is_initialized():
+        counts = summed(torch.tensor(counts)).tolist()
+    *stops, save = counts
     stop = 0
     for number, count in zip(STOPS, stops, strict=True):
         if count and not stop:

@@ -15,7 +15,8 @@ from rich.table import Column, Table
 
 HINTS = {  # what to do about errors that come from elsewhere, by a word of them
     "Errno": "check the path and the space left there",
-    "memory": "lower --batch-size or --crop-size in train, --short-side elsewhere",
+    "memory": "lower --batch-size or --crop-size, or --set activation_checkpointing=true in train; lower "
+    "--short-side elsewhere",
     "DataLoader": "check the storage, or try --workers 0",
     "onnection closed": "another process has failed: see its error",
 }

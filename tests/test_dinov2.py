@@ -448,7 +448,7 @@ def test_the_dry_run_counts_a_frozen_encoder_without_gradient_and_moments():
     for name in ("vit-s", "vit-b"):
         for finetune in ("false", "true"):
             configs = resolve({"preset": name, "dataset": "ade20k"}, [f"finetune_encoder={finetune}"])
-            facts = cost(*configs, 1)
+            facts = cost(*configs, 1)["memory of each GPU"]
             rows[name, finetune] = facts["GB of GPU memory"]
             parameters, *_ = counted(configs[1], 128)
             assert facts["parameters"] == parameters

@@ -34,6 +34,9 @@ def model():
     return small(14, tau=1.0)
 
 
+real_height = predict._band_height
+
+
 def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
 
@@ -73,6 +76,31 @@ def test_windows_cover_the_image_and_overlap_by_a_third(size, side):
     assert count.min() >= 1 and len(set(map(str, found))) == len(found)
     starts = sorted({rows.start for rows, _ in found})
     assert all(b - a <= max(1, side * 2 // 3) for a, b in pairwise(starts))
+
+
+def test_the_network_alone_computes_in_bfloat16_where_that_is_on(model, monkeypatch):
+    """As on CUDA: states and probabilities stay float32, and nearly all pixels keep their class."""
+    labels, confidence = segment_photo(model, photo(64, 48), 48, 2)
+    seen = []
+    real = model.soft_assignment
+    monkeypatch.setattr(model, "soft_assignment", lambda x: seen.append(x.dtype) or real(x))
+    monkeypatch.setattr(predict, "in_bfloat16", lambda device: True)
+    close = segment_photo(model, photo(64, 48), 48, 2)
+    assert set(seen) == {torch.float32}
+    assert 0 < np.abs(close[1] - confidence).max() < 0.3
+    assert (close[0] == labels).mean() > 0.97
+
+
+def test_a_gpu_assigns_a_photo_in_few_blocks_of_pixels(model, monkeypatch):
+    """A row at a time would be hundreds of launches."""
+    seen = []
+    real = model.soft_assignment
+    monkeypatch.setattr(model, "soft_assignment", lambda x: seen.append(x.shape[2]) or real(x))
+    monkeypatch.setattr(
+        predict, "_band_height", lambda device, values: real_height(torch.device("cuda"), values)
+    )
+    segment_photo(model, photo(64, 48), 48, 1)
+    assert seen == [48]
 
 
 # ---------------------------------------------------------------- the average of all views

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import flowseg
 import train as training
 from data import DataError, ShapesDataset
-from flowseg_tools import runs
+from flowseg_tools import records, runs
 from flowseg_tools.runs import RunError
 from model import FlowSeg
 from train import resolve
@@ -155,7 +155,7 @@ def test_a_signal_in_validation_stops_it_and_it_is_done_again(tmp_path, monkeypa
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
 def test_usr1_saves_and_goes_on(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(runs, "save_state", lambda *args: saved.append(args[-1][0]))
+    monkeypatch.setattr(records, "save_state", lambda *args: saved.append(args[3][0]))
     on_call(monkeypatch, FlowSeg, "loss", 2, tell(signal.SIGUSR1))
     assert run(tmp_path / "run") == 0
     assert saved == [2, 4]
@@ -274,7 +274,7 @@ def test_a_change_that_the_state_cannot_take_leaves_the_run_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("setting", [
     "batch_size=0", "grad_accum_steps=0", "max_steps=0", "eval_every=0", "save_every=0", "log_every=0",
-    "seed=-1", "num_workers=-1", "num_heads=0", "nerf_width=0", "conv_width=4",
+    "seed=-1", "num_workers=-2", "num_heads=0", "nerf_width=0", "conv_width=4",
 ])  # fmt: skip
 def test_numbers_that_cannot_be_are_named(setting):
     name, _, value = setting.partition("=")
@@ -625,7 +625,7 @@ def test_deterministic_is_switched_on_and_off(tmp_path):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler here")
 def test_compiled_training_is_eager_training(tmp_path):
     """To rounding, and with the same names of the weights."""
-    for name, compile in (("eager", False), ("compiled", True)):
+    for name, compile in (("eager", "false"), ("compiled", "true")):
         run(tmp_path / name, compile=compile, max_steps=2)
     eager = load_file(tmp_path / "eager" / "state.safetensors")
     compiled = load_file(tmp_path / "compiled" / "state.safetensors")
