@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 HINTS = {  # what to do about errors that come from elsewhere, by a word of them
+    "Too many open files": "raise the limit of the shell (ulimit -n), or lower --workers",
     "Errno": "check the path and the space left there",
     "memory": "lower --batch-size or --crop-size in train, --short-side elsewhere",
     "DataLoader": "check the storage, or try --workers 0",
