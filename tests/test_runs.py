@@ -583,6 +583,7 @@ flowseg.main()
 @pytest.mark.parametrize(("error", "hint"), [
     (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "lower --batch-size or --crop-size"),
     (RuntimeError("DataLoader timed out after 300 seconds"), "check the storage, or try --workers 0"),
+    (OSError(24, "Too many open files"), "ulimit -n"),
     (OSError(28, "No space left on device"), "check the path and the space left there"),
     (KeyError("mu"), "flowseg --debug"),
 ])  # fmt: skip
