@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 HINTS = {  # what to do about errors that come from elsewhere, by a word of them
+    "Too many open files": "raise the limit of the shell (ulimit -n), or lower --workers",
     "Errno": "check the path and the space left there",
     "memory": "lower --batch-size or --crop-size, or --set activation_checkpointing=true in train; lower "
     "--short-side elsewhere",
