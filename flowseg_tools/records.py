@@ -132,6 +132,7 @@ def introduce(run, origin: str | Path) -> None:
         f"{run.world} x {run.device}",
     ):
         run.console.print(line)
+    draw.say_missing_letters(run.data.labels.classes, run.console)
     if run.validated == config.max_steps:
         more = f"--max-steps {2 * config.max_steps} goes on with it, --out DIR begins another"
         run.console.print(f"this run is finished: {more}", style="yellow")
