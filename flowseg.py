@@ -164,17 +164,18 @@ def evaluate(
     quiet: options.Quiet = False,
 ) -> None:
     """Score weights on a data set: mIoU, aAcc, mAcc, every class."""
-    from data import MAX_PIXELS, open_dataset
+    from data import MAX_PIXELS
     from flowseg_tools import draw
     from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
     from flowseg_tools.report import check_writable, sort_classes, write_report
+    from flowseg_tools.runs import open_dataset_of
     from train import evaluate
 
     if report:
         check_writable(report.parent if report.suffix else report)
     model = load(checkpoint or weights, device, quiet)
-    data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
+    data = open_dataset_of(model.info, dataset, split, root)
     data.max_pixels = max_pixels or MAX_PIXELS
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
@@ -340,9 +341,8 @@ def export(
     steps = steps or model.config.steps
     with terminal.waiting("tracing and checking the network", quiet):
         same = export(model, output, width, height, steps)
-    out.print(
-        f"{output}: photo ({height}, {width}, 3) uint8 -> class ids ({height}, {width}) uint8, {steps} steps"
-    )
+    sizes = f"photo ({height}, {width}, 3) uint8 -> class ids ({height}, {width}) uint8"
+    out.print(f"{output}: {sizes}, {steps} steps")
     out.print(f"checked on a photo of noise: {same:.2%} of the pixels are as the model has them")
 
 
@@ -358,11 +358,8 @@ def load(checkpoint: Path | None, device: str = "auto", quiet: bool = False):
         raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")
     if not quiet:
         score = "not validated" if model.info.mIoU is None else f"validation mIoU {model.info.mIoU:.1%}"
-        err.print(
-            terminal.printable(
-                f"weights: {checkpoint} ({model.info.dataset}, step {model.info.step}, {score})"
-            )
-        )
+        facts = f"{Path(model.info.dataset).name}, step {model.info.step}, {score}"
+        err.print(terminal.printable(f"weights: {checkpoint} ({facts})"))
     return model
 
 

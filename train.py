@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from data import IGNORE, MAX_PIXELS, Dataset, Stream, evenly_spaced, open_dataset
 from flowseg_tools import records, runs
-from flowseg_tools.check import before_training
+from flowseg_tools.check import before_training, fingerprint
 from flowseg_tools.dinov2 import Alignment, DinoFlowSeg, load_encoder
 from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.pretrained import start_from
@@ -51,12 +51,12 @@ class TrainConfig:
     preset: str = "tiny"
     init: str = ""  # weights or run directory to start from
     seed: int = 0
-    max_steps: int = 480
+    max_steps: int = 600
     batch_size: int = 8  # images per training step, over all processes
     grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
     crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
     optimizer: str = "muon"  # | adamw
-    lr: float = 4e-3
+    lr: float = 6e-3
     warmup_steps: int = 60  # linear warm-up, then cosine to zero
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
@@ -65,8 +65,8 @@ class TrainConfig:
     teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
-    eval_every: int = 160
-    save_every: int = 160
+    eval_every: int = 200
+    save_every: int = 200
     log_every: int = 25
     num_workers: int = 0  # processes that load images
     max_pixels: int = MAX_PIXELS  # the largest picture that is opened
@@ -409,12 +409,11 @@ class Run:
         self.optimizers = make_optimizers(self.objective, config)
 
         # The run directory, in which one process at a time may train.
-        table = self.data.labels
-        labels = {"classes": list(table.classes), "ids": list(table.ids), "ignore": list(table.ignore)}
+        labels = fingerprint([self.data, self.held_out])
         settings = {"train": asdict(config), "model": asdict(network), "labels": labels}
         if self.rank == 0:
             for change in runs.check(folder, settings, allow_changes):
-                console.print(f"changed: {change}; the schedule ends at step {config.max_steps:,}")
+                loud.print(f"warning: {folder}: {change}", style="yellow")
             stack.enter_context(runs.locked(folder))
         at = runs.load_state(folder, self.modules, self.optimizers, console, writes=self.rank == 0)
         self.step, self.validated, self.best = at  # steps done, step last validated, best mIoU

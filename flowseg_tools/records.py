@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -94,7 +95,13 @@ def remembered(run) -> Iterator[None]:
         return
 
     def write(event: str) -> None:
-        with suppress(OSError), open(run.folder / HISTORY, "a", encoding="utf-8") as file:
+        flags = (
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        )  # a link is never followed
+        with (
+            suppress(OSError),
+            open(os.open(run.folder / HISTORY, flags, 0o666), "a", encoding="utf-8") as file,
+        ):
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {event}\n")
 
     write(f"{BEGAN} {run.step}: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")

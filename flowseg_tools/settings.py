@@ -4,13 +4,13 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from data import nearest, open_dataset
+from data import BUILT_IN, locate, nearest, open_dataset
 from flowseg_tools.dinov2 import encoder_config
 from flowseg_tools.options import written_fields
-from flowseg_tools.runs import CONFIG, RunError
+from flowseg_tools.runs import CONFIG, RunError, from_torchrun
 from model import ModelConfig
 
 TABLES_DIR = Path(__file__).parent / "tables"
@@ -27,6 +27,7 @@ def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
         chosen |= encoder_config(chosen["encoder"])
     try:
         config = kind(**{name: chosen[name] for name in chosen if hasattr(kind, name)})
+        config = with_absolute_paths(config)
         data = open_dataset(config.dataset, "training", config.root, strict=False)  # for its label table
         network = {name: chosen[name] for name in chosen if hasattr(ModelConfig, name)}
         model_config = ModelConfig(num_classes=len(data.labels.classes), **network)
@@ -36,11 +37,20 @@ def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
     patch_size = model_config.patch_size
     if config.crop_size % patch_size:
         raise RunError(f"crop_size is {config.crop_size}; expected a multiple of the patch size {patch_size}")
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * config.grad_accum_steps
+    parts = from_torchrun("WORLD_SIZE", 1) * config.grad_accum_steps
     if config.batch_size % parts:
         expected = f"a multiple of {parts}, processes x grad_accum_steps"
         raise RunError(f"batch_size is {config.batch_size}; expected {expected}")
     return config, model_config
+
+
+def with_absolute_paths(config):
+    """A train.TrainConfig whose files are found from every folder, so that a run and its weights are, too."""
+    dataset, root = locate(config.dataset, config.root)
+    paths = {"root": root, "init": config.init, "encoder": config.encoder, "teacher": config.teacher}
+    if not root and dataset not in BUILT_IN:
+        paths["dataset"] = dataset
+    return replace(config, **{name: os.path.abspath(path) if path else "" for name, path in paths.items()})
 
 
 def given_fields(parameters: dict, config_file: Path | None) -> dict:
@@ -77,9 +87,9 @@ def read_config(file: Path, given: dict) -> dict:
 
 def command_for(init: str) -> str:
     """The command that makes the weights that --init or a recipe starts from."""
-    for name in RECIPES:
-        if init == f"runs/{name}":
-            return f"flowseg train --recipe {name}"
+    folder = Path(init)
+    if folder.parent.name == "runs" and folder.name in RECIPES:
+        return f"flowseg train --recipe {folder.name}"
     return "flowseg train"
 
 
