@@ -105,29 +105,33 @@ def train(
 ) -> None:
     """Train, or continue a run: the same command goes on."""
     if "help" in (settings or []):
-        for line in options.field_lines():
-            out.print(line, soft_wrap=True)
+        terminal.print_lines(out, options.field_lines())
         return
     import train as training
-    from flowseg_tools import estimate
-    from flowseg_tools import settings as chosen
+    from flowseg_tools.settings import given_fields, run_folder
 
     context.params["compile"] = {True: "true", False: "false"}.get(compile)
-    config, network = training.resolve(chosen.given_fields(context.params, config_file), settings or [])
+    config, network = training.resolve(given_fields(context.params, config_file), settings or [])
     if dry_run:
-        for group, facts in estimate.cost(config, network, int(os.environ.get("WORLD_SIZE", 1))).items():
-            out.print(f"{group}:", style="bold")
-            for name, value in facts.items():
-                out.print(f"  {name}: {value}")
+        print_cost(config, network)
         return
-    folder = out_dir or Path("runs") / (
-        config.recipe or f"{Path(config.dataset).resolve().name}-{config.preset}"
-    )
+    folder = out_dir or run_folder(config)
     console = terminal.make_console(stderr=True, quiet=quiet)
     code = training.train(config, network, folder, device, console, allow_changes=allow_changes)
     if speaks():
         conclude(folder, code)
     raise typer.Exit(code)
+
+
+def print_cost(config, network) -> None:
+    """Print every setting of a run, and what it takes."""
+    from flowseg_tools.estimate import cost
+
+    with terminal.waiting("counting what a step takes"):
+        groups = cost(config, network, int(os.environ.get("WORLD_SIZE", 1)))
+    for group, facts in groups.items():
+        out.print(f"{group}:", style="bold")
+        terminal.print_lines(out, [f"  {name}: {value}" for name, value in facts.items()])
 
 
 def conclude(folder: Path, code: int) -> None:
@@ -193,7 +197,7 @@ def evaluate(
         palette = draw.palette(model.centroids.cpu().numpy(), data.labels.colors)
         predict = partial(segment_photo, model, short_side=short_side, steps=steps, mode=mode, flip=flip)
         write_report(report, facts, metrics, data, palette, predict, worst)
-        note_missing_letters(data.labels.classes)
+        draw.say_missing_letters(data.labels.classes, err)
     if as_json:
         terminal.print_json(facts)
     else:
@@ -226,6 +230,7 @@ def segment(
 ) -> None:
     """Segment photos: a PNG of class ids, as large as the photo."""
     from data import MAX_PIXELS
+    from flowseg_tools import draw
     from flowseg_tools import segment as tool
 
     photos, refused = tool.find_photos(paths, output)
@@ -240,7 +245,7 @@ def segment(
     tool.check_outputs(tasks, report)
     model = load(weights, device, quiet)
     if overlay:
-        note_missing_letters(model.info.classes)
+        draw.say_missing_letters(model.info.classes, err)
     if labelmap:
         tool.write_labelmap(output, model, ids == "raw", force)
     work = partial(
@@ -267,6 +272,7 @@ def info(
     limit: options.Limit = None,
     max_pixels: options.MaxPixels = None,
     preview: options.Preview = None,
+    font: options.Font = None,
     as_json: options.Json = False,
 ) -> None:
     """Look at a data set, a run, a checkpoint or this machine."""
@@ -279,11 +285,12 @@ def info(
     elif (Path(what) / "config.json").is_file():
         facts = describe.run(Path(what))
     else:
-        from flowseg_tools import check
+        from flowseg_tools import check, draw
 
         facts = check.describe(what, root, limit, terminal.track, max_pixels)
         if preview:
             check.draw_preview(what, root, preview)
+            draw.say_missing_letters([entry["name"] for entry in facts["classes"]], err)
             err.print(f"preview: {preview}")
     if as_json:
         terminal.print_json(facts)
@@ -320,16 +327,7 @@ def download(
     if name:
         downloads.download(name, root, sources or [], sha256, max_bytes, dry_run, keep_archive, quiet)
         return
-    rows = downloads.listing(root)
-    columns = ("name", "size", "here", "what it is")
-    terminal.print_table(
-        out, columns, [(row["name"], row["size"], row["here"], row["about"]) for row in rows]
-    )
-    licences: dict[str, list[str]] = {}
-    for row in rows:
-        licences.setdefault(f"{row['licence']}, {row['terms']}", []).append(row["name"])
-    for licence, names in licences.items():
-        out.print(f"{', '.join(names)}: {licence}")
+    terminal.print_downloads(out, downloads.listing(root))
 
 
 @app.command(epilog=options.examples("export"))
@@ -349,21 +347,11 @@ def export(
     model = load(checkpoint or weights, "cpu", quiet)
     width, height = parse_size(size or str(model.info.crop_size))
     steps = steps or model.config.steps
-    if not quiet:
-        err.print("tracing the network, which takes a minute or two")
-    same = export(model, output, width, height, steps)
-    out.print(
-        f"{output}: photo ({height}, {width}, 3) uint8 -> class ids ({height}, {width}) uint8, {steps} steps"
-    )
+    with terminal.waiting("tracing and checking the network", quiet):
+        same = export(model, output, width, height, steps)
+    sizes = f"photo ({height}, {width}, 3) uint8 -> class ids ({height}, {width}) uint8"
+    out.print(f"{output}: {sizes}, {steps} steps")
     out.print(f"checked on a photo of noise: {same:.2%} of the pixels are as the model has them")
-
-
-def note_missing_letters(names: tuple[str, ...]) -> None:
-    """Say which letters of the names the pictures cannot show."""
-    from flowseg_tools import draw
-
-    if missing := draw.missing_letters(names):
-        err.print(f"note: the font of the pictures lacks {missing}: pass --font FILE", style="yellow")
 
 
 def speaks() -> bool:
@@ -383,11 +371,8 @@ def load(checkpoint: Path | None, device: str = "auto", quiet: bool = False):
         raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")
     if not quiet and speaks():
         score = "not validated" if model.info.mIoU is None else f"validation mIoU {model.info.mIoU:.1%}"
-        err.print(
-            terminal.printable(
-                f"weights: {checkpoint} ({model.info.dataset}, step {model.info.step}, {score})"
-            )
-        )
+        facts = f"{Path(model.info.dataset).name}, step {model.info.step}, {score}"
+        err.print(terminal.printable(f"weights: {checkpoint} ({facts})"))
     return model
 
 

@@ -69,6 +69,12 @@ def missing_letters(names: Iterable[str]) -> str:
     return "".join(letter for letter in letters if bytes(face.getmask(letter)) == box)
 
 
+def say_missing_letters(names: Iterable[str], console) -> None:
+    """Say on a terminal which letters of the names pictures cannot show, and what to do."""
+    if missing := missing_letters(names):
+        console.print(f"note: the font of the pictures lacks {missing}: pass --font FILE", style="yellow")
+
+
 def shorten(text: str, face: ImageFont.FreeTypeFont, width: float) -> str:
     """One line of text that is at most `width` pixels long."""
     text = " ".join(text.split())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
@@ -96,7 +97,13 @@ def remembered(run) -> Iterator[None]:
         return
 
     def write(event: str) -> None:
-        with suppress(OSError), open(run.folder / HISTORY, "a", encoding="utf-8") as file:
+        flags = (
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        )  # a link is never followed
+        with (
+            suppress(OSError),
+            open(os.open(run.folder / HISTORY, flags, 0o666), "a", encoding="utf-8") as file,
+        ):
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {event}\n")
 
     write(f"{BEGAN} {run.step}: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
@@ -134,6 +141,7 @@ def introduce(run, origin: str | Path) -> None:
         f"{run.world} x {run.device}",
     ):
         run.console.print(line)
+    draw.say_missing_letters(run.data.labels.classes, run.console)
     if run.validated == config.max_steps:
         more = f"--max-steps {2 * config.max_steps} goes on with it, --out DIR begins another"
         run.console.print(f"this run is finished: {more}", style="yellow")

@@ -62,6 +62,11 @@ def given_fields(parameters: dict, config_file: Path | None) -> dict:
     return read_config(config_file, given) if config_file else given
 
 
+def run_folder(config) -> Path:
+    """Where a run goes if nobody says it; config is a train.TrainConfig."""
+    return Path("runs") / (config.recipe or f"{Path(config.dataset).resolve().name}-{config.preset}")
+
+
 def read_config(file: Path, given: dict) -> dict:
     """The options `given` and, for all fields that they leave out, the settings in a run's config.json.
 

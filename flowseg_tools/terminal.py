@@ -6,7 +6,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich import progress
@@ -104,6 +104,14 @@ def track(indices: Sequence[int], title: str, quiet: bool = False) -> Iterator[i
         yield from tracked(bar, indices, title)
 
 
+@contextmanager
+def waiting(title: str, quiet: bool = False) -> Iterator[None]:
+    """Show that something is at work of which nobody knows how far it is."""
+    with make_bar(make_console(stderr=True, quiet=quiet)) as bar:
+        bar.add_task(title, total=None)
+        yield
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A share as text; None is the score of a class that does not occur."""
     return "absent" if share is None else f"{share:.{digits}%}"
@@ -127,6 +135,12 @@ def in_words(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "none" if value in (None, "") else str(value)
+
+
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Print lines, each in one piece."""
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def print_json(facts: dict | list) -> None:
@@ -173,6 +187,18 @@ def print_dataset(console: Console, facts: dict) -> None:
     for problem in facts["problems"]:
         console.print(printable(f"problem: {problem}"), style="red")
     console.print(f"problems: {len(facts['problems']) or 'none'}")
+
+
+def print_downloads(console: Console, rows: Sequence[dict]) -> None:
+    """Print what can be downloaded, and below it the licence of each."""
+    table = Table("name", Column("size", justify="right"), "here", "what it is", box=None)
+    licences: dict[str, list[str]] = {}
+    for row in rows:
+        table.add_row(row["name"], row["size"], row["here"], row["about"])
+        licences.setdefault(f"{row['licence']}, {row['terms']}", []).append(row["name"])
+    console.print(table)
+    for licence, names in licences.items():
+        console.print(f"{', '.join(names)}: {licence}")
 
 
 # Errors --------------------------------------------------------------------------------------------------

@@ -74,6 +74,13 @@ def test_a_run_that_failed_was_killed_or_is_finished_says_so(folder):
     assert facts["state"] == "finished" and facts["continue"].endswith("--max-steps 16")
 
 
+def test_a_link_at_the_name_of_the_history_is_not_followed(folder, tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (folder / "history.txt").symlink_to(tmp_path / "precious")
+    work(folder, 4)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_a_run_that_another_process_works_on_is_running(folder):
     (folder / ".lock").touch()
     code = (
