@@ -27,18 +27,20 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 IGNORE = 255  # the train id of pixels that count neither in the loss nor in the score
 SPLITS = ("training", "validation", "test")
-TABLES_DIR = Path(__file__).parent / "flowseg_tools/tables/labels"
-TABLES = {path.stem: path for path in sorted(TABLES_DIR.glob("*.toml"))}
+TABLES_DIR = Path(__file__).parent / "flowseg_tools/tables"
+TABLES = {path.stem: path for path in sorted(TABLES_DIR.glob("labels/*.toml"))}
+FOREIGN, BEGINNINGS = tomllib.loads((TABLES_DIR / "foreign.toml").read_text()).values()  # what is not read
 KEYS = {"name": "", "classes": [], "ids": [], "ignore": [], "splits": [], "validation": 0.0,
         "colors": [], "clear": [],
         "images": "images/{split}/*", "masks": "annotations/{split}/*"}  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # no other decoder ever sees a user's bytes
 SUFFIXES = {f".{name.lower()}": name for name in FORMATS} | {
     ".jpg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".tif": "TIFF"}  # fmt: skip
-FOREIGN = {".heic": "HEIC", ".heif": "HEIC", ".jp2": "JPEG 2000", ".psd": "Photoshop", ".dng": "raw"}
+CONVERT = "convert photos to JPEG, masks to PNG"
 LOSSY = {"JPEG", "MPO", "AVIF", "HEIF", "jpeg", "tiff_jpeg", "webp"}  # formats, and compressions of a TIFF
 LITTER = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found")  # folders that systems make
 MAX_PIXELS = 250_000_000  # a larger picture is taken for a decompression bomb
+MANY_BYTES = 256_000_000  # a larger file is read only if it begins like a picture
 
 
 class DataError(Exception):
@@ -107,7 +109,7 @@ class LabelTable:
 
     def to_train(self, raw: np.ndarray, where: str) -> np.ndarray:
         """Map (H, W) raw numbers to (H, W) uint8 train ids; DataError names `where` and an unknown value."""
-        if raw.min() >= 0 and raw.max() < len(self._lookup) and (labels := self._lookup[raw]).all():
+        if raw.min() >= 0 and raw.max() < len(self._lookup) and (labels := self._lookup.take(raw)).all():
             return (labels - 1).astype(np.uint8)
         values = self.values
         value = np.setdiff1d(raw, values)[0]
@@ -148,7 +150,13 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
         starred = keys[key].count("*") == keys["images"].count("*") > 0
         _require(starred, f"{key} is {keys[key]!r}; expected a pattern with *, as many as images has")
 
-    # The test split is optional. A share for validation is taken out of the training split.
+    # No split contains another, and that for testing is optional. A share is taken out of the training split.
+    places = [Path(name) for name in keys["splits"]]
+    for place in places:
+        inside = place.parts and not place.is_absolute() and ".." not in place.parts
+        alone = sum(place == other or place in other.parents for other in places) == 1
+        fix = "expected names of folders or list files, none inside another"
+        _require(bool(inside and alone), f"splits is {keys['splits']!r}; {fix}")
     share = keys["validation"]
     _require(0 <= share < 1, f"validation is {share}; expected a share below 1, such as 0.2")
     tested = (root / keys["images"].partition("{split}")[0] / "test").is_dir()
@@ -185,47 +193,80 @@ def _parse_toml(path: Path, root: Path) -> tuple[dict, LabelTable]:
 
 # ---- pictures ----
 def _read(source: str | Path | bytes, max_pixels: int, convert: Callable):
-    """Decode a picture, turn it upright and return what `convert` makes of it; PictureError names the file.
-    Its info has "frames", "orientation" (of EXIF) and "layout" (how the file stores values, to Pillow)."""
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit is only raised
-    where = "standard input" if isinstance(source, bytes) else source
-    formats = FORMATS
+    """Return what `convert` makes of a picture that is decoded and upright; PictureError names the file."""
+    where = "standard input" if isinstance(source, bytes) else Path(source)
+    suffix = "" if isinstance(source, bytes) else where.suffix.lower()
+    content = b""
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if content[4:8] == b"ftyp":
-            with suppress(ImportError):  # HEIC is read if somebody has installed its decoder
-                import_module("pillow_heif").register_heif_opener()
-                formats = (*FORMATS, "HEIF")
-        image = Image.open(BytesIO(content), formats=formats)
-        if image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-        bits = {"1": 1, "L": 8}.get(image.mode)  # what Pillow takes for granted in the following cases
-        signed = image.format == "TIFF" and bits == 8 and image.tag_v2.get(339) == (2,)
-        if signed or (image.format == "BMP" and bits not in (None, content[28])):
-            raise ValueError("its numbers are stored in a way that Pillow gets wrong")
-        image.info |= {"frames": 1, "orientation": 1, "layout": str(image.tile[0].args) if image.tile else ""}
-        if image.format == "WEBP" and b"VP8L" not in content:
-            image.info["compression"] = "webp"
-        with suppress(Exception):  # frames are counted in another object, because counting leaves the first
-            image.info["frames"] = Image.open(BytesIO(content), formats=formats).n_frames
-        with suppress(Exception):  # damaged EXIF costs the turn, not the photo
-            image.info["orientation"] = image.getexif().get(0x0112, 1)
-        image.load()
-        with suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
-        return convert(image)
+        content = source if isinstance(source, bytes) else _content(where, 16 * max_pixels)
+        if FOREIGN.get(suffix) == "raw":  # its first picture is a thumbnail
+            raise UnidentifiedImageError
+        return convert(_decode(content, max_pixels))
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = getattr(error, "strerror", None) or error
         fix = f"give a {', '.join(FORMATS)} file"
         if isinstance(error, UnidentifiedImageError):
-            reason, fix = _foreign(content, Path(where).suffix.lower(), fix)
+            reason, fix = _foreign(content, suffix, fix)
         elif isinstance(error, Image.DecompressionBombError):
             fix = f"above {max_pixels:,} pixels it needs your trust: --max-pixels N (max_pixels)"
         raise PictureError(f"{where}: cannot be read ({reason}); {fix}") from error
 
 
+def _content(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file. Of many bytes only the first are read if they begin no picture."""
+    size = path.stat().st_size
+    if not path.is_file() and not path.is_dir():
+        raise ValueError("no regular file")  # a pipe would keep us waiting
+    with open(path, "rb") as file:
+        if size > MANY_BYTES:
+            kind = ""
+            with suppress(UnidentifiedImageError):
+                kind = Image.open(file, formats=FORMATS).format
+            if kind and size > limit:
+                raise ValueError(f"{size:,} bytes, expected at most {limit:,}")
+            file.seek(0)
+            return file.read(-1 if kind else 4096)
+        return file.read()
+
+
+def _decode(content: bytes, max_pixels: int) -> Image.Image:
+    """Decode a picture and turn it upright. Its info has "several" (are there more frames), "orientation" (of
+    EXIF) and "layout" (how the file stores values, to Pillow)."""
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit is only raised
+    formats = FORMATS
+    if content[4:8] == b"ftyp":
+        with suppress(ImportError):  # HEIC is read if somebody has installed its decoder
+            import_module("pillow_heif").register_heif_opener()
+            formats = (*FORMATS, "HEIF")
+    image = Image.open(BytesIO(content), formats=formats)
+    if image.width * image.height > max_pixels:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+
+    # Some layouts Pillow takes for others.
+    bits = {"1": 1, "L": 8}.get(image.mode)
+    signed = image.format == "TIFF" and bits == 8 and image.tag_v2.get(339) == (2,)
+    if signed or (image.format == "BMP" and bits not in (None, content[28])):
+        raise ValueError("its numbers are stored in a way that Pillow gets wrong")
+
+    # What only the file says is kept in info. Another object looks for more frames, as that may leave the
+    # first; they are not counted, because the time for that grows with the square of their number.
+    image.info |= {"several": False, "orientation": 1, "layout": str(image.tile[0][3]) if image.tile else ""}
+    if image.format == "WEBP" and b"VP8L" not in content:
+        image.info["compression"] = "webp"
+    with suppress(Exception):
+        image.info["several"] = Image.open(BytesIO(content), formats=formats).is_animated
+    with suppress(Exception):  # damaged EXIF costs the turn, not the photo
+        image.info["orientation"] = image.getexif().get(0x0112, 1)
+    image.load()
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
 def _foreign(content: bytes, suffix: str, fix: str) -> tuple[str, str]:
     """Return what a file is that no decoder takes, and what to do."""
+    if FOREIGN.get(suffix) == "raw":
+        return "raw", CONVERT
     with suppress(Exception):
         tags = TiffImagePlugin.ImageFileDirectory_v2(content[:8])
         file = BytesIO(content)
@@ -233,19 +274,21 @@ def _foreign(content: bytes, suffix: str, fix: str) -> tuple[str, str]:
         tags.load(file)
         kind = {1: "integers", 2: "signed integers", 3: "floating-point numbers"}[tags.get(339, (1,))[0]]
         return f"a TIFF with {tags.get(277, 1)} band(s) of {tags[258][0]}-bit {kind}", "export 8-bit RGB"
-    kind = "HEIC" if content[4:8] == b"ftyp" else FOREIGN.get(suffix)
-    return (kind, "convert it to JPEG") if kind else ("not a picture" if content else "empty file", fix)
+    begin = content[:200].decode("latin-1")  # a letter for every byte
+    kinds = [kind for kind, pattern in BEGINNINGS.items() if re.match(pattern, begin, re.DOTALL)]
+    kinds += [FOREIGN[suffix]] if suffix in FOREIGN else []
+    return (kinds[0], CONVERT) if kinds else ("not a picture" if content else "empty file", fix)
 
 
 def read_photo(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Return the photo in a file, or in its bytes, as upright 8-bit RGB; PictureError names the file.
-    Transparency is white. info has "frames", "orientation" and "remarks": a list of what else was changed."""
+    Transparency is white. info has "several" (frames), "orientation" and "remarks": what else was changed."""
     return _read(source, max_pixels, _to_rgb)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     remarks = []
-    info = {"frames": image.info["frames"], "orientation": image.info["orientation"], "remarks": remarks}
+    info = {"several": image.info["several"], "orientation": image.info["orientation"], "remarks": remarks}
     if image.mode[0] in "IF":  # integers and floats, which Pillow would clip at 255
         values = np.asarray(image, np.float64)
         valid = np.isfinite(values) & (abs(values) < 1e30)
@@ -267,7 +310,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     image.info = info
     return image
 
@@ -286,8 +329,8 @@ def _stored(image: Image.Image, colours: bool) -> np.ndarray | str:
     layout = image.info["layout"]
     if LOSSY & {image.format, image.info.get("compression")}:
         return f"saved as {image.format} with loss, which changes its values; save masks as PNG"
-    if image.info["frames"] > 1:
-        return f"of {image.info['frames']} pages; save the one with the labels as PNG"
+    if image.info["several"]:
+        return "of several pages; save the one with the labels as PNG"
     if len(image.getbands()) > 1 and ";1" in layout:
         return "of 16-bit colours, which are read as 8-bit; save masks as 8-bit PNG"
     if image.mode in ("LA", "RGBA") and image.getchannel("A").getextrema() == (255, 255):
@@ -296,8 +339,9 @@ def _stored(image: Image.Image, colours: bool) -> np.ndarray | str:
         return f"in mode {image.mode}; save masks as 8-bit PNG, in RGB if ids are colours"
 
     if colours:  # those that are shown, whether pixel by pixel, by a palette or as grey
-        packed = np.frombuffer(image.convert("RGB").tobytes("raw", "BGRX"), "<u4")
-        return packed.reshape(image.height, image.width)
+        image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+        numbers = np.frombuffer(image.tobytes("raw", "RGBX"), ">u4") >> 8
+        return numbers.reshape(image.height, image.width)
     values = np.asarray(image)
     if image.mode == "RGB":
         if (values != values[..., :1]).any():
@@ -363,7 +407,7 @@ def match(root: Path, pattern: str) -> dict[str, Path]:
 
 class FolderDataset:
     """The pairs of images and masks of one split of a folder with a dataset.toml, or the name of a table.
-    What is missing raises DataError; if not `strict`, `unpaired` has a line for each kind of it. `left_out`
+    What is missing raises DataError; if not `strict`, `unpaired` has an error for each kind of it. `left_out`
     has the images without a mask where a list or a share chooses."""
 
     augment = True
@@ -373,13 +417,13 @@ class FolderDataset:
         self.root = Path(root)
         self.split = split
         toml = self.root / "dataset.toml"
-        if not toml.is_file():
-            toml = TABLES.get(self.root.name, toml)
+        if not toml.is_file():  # a pipe is not opened
+            toml = TABLES.get(self.root.name)
+        if not toml:
+            fix = f"flowseg init {shlex.quote(str(root))} drafts it"
+            raise DataError(f"{root}: has no dataset.toml; {fix}")
         try:
             keys, self.labels = _parse_toml(toml, self.root)
-        except FileNotFoundError:
-            fix = f"flowseg init {shlex.quote(str(root))} drafts it"
-            raise DataError(f"{root}: has no dataset.toml; {fix}") from None
         except ValueError as error:
             raise DataError(f"{toml}: {error}") from None
         self.name = keys["name"] or self.root.resolve().name
@@ -387,12 +431,17 @@ class FolderDataset:
         if split not in self.splits:
             raise DataError(f"{self.name} has no {split} split; expected {' or '.join(self.splits)}")
 
-        faults = self._choose(keys, toml)
-        if strict and faults:
-            raise DataError(faults[0])
+        self.unpaired: list[DataError] = []
+        self._choose(keys, toml)
+        for error in self.unpaired if strict else ():
+            if error.kind != "no image":  # a mask alone does no harm
+                raise error
 
-    def _choose(self, keys: dict, toml: Path) -> list[str]:
-        """Set the pairs, `left_out` and `unpaired`; return the lines for what makes the split unusable."""
+    def _lacks(self, kind: str, line: str) -> None:
+        self.unpaired.append(DataError(line, kind))
+
+    def _choose(self, keys: dict, toml: Path) -> None:
+        """Set the pairs and `left_out`, and add to `unpaired` what is missing."""
         # The files that fit the patterns. What is a mask is no image, although it may fit both.
         place = keys["splits"][self.split]
         list_file = self.root / place
@@ -406,13 +455,12 @@ class FolderDataset:
         images, masks = (match(self.root, pattern) for pattern in patterns)
         taken = set(masks.values())
         images = {key: path for key, path in images.items() if path not in taken}
-        faults = []
         if not images:
             start = self.root / patterns[0].partition("*")[0].rpartition("/")[0]
             lack = "holds no image that fits the pattern" if start.is_dir() else "no such folder"
-            faults.append(f"{start}: {lack}; {self._remedy(toml)}")
+            self._lacks("no images", f"{start}: {lack}; {self._remedy(toml)}")
         elif listed:
-            images, faults = self._listed(list_file, images)
+            images = self._listed(list_file, images)
 
         # A share of the pairs, the first by a hash of their names, is held out of training.
         keys_of_pairs = [key for key in images if key in masks]
@@ -428,24 +476,24 @@ class FolderDataset:
         self.left_out = alone if listed or share else []
         if alone and not self.left_out:
             count = f"{len(alone)} of {len(images)} images have none"
-            faults.append(f"{alone[0]}: no mask fits {self.root / patterns[1]}; {count}")
-        if not self.pairs and not faults:
-            faults.append(f"{self.root}: no pair for {self.split}; correct images, masks or splits in {toml}")
-        self.unpaired = list(faults)
+            self._lacks("no mask", f"{alone[0]}: no mask fits {self.root / patterns[1]}; {count}")
+        if not self.pairs and not self.unpaired:
+            line = f"{self.root}: no pair for {self.split}; correct images, masks or splits in {toml}"
+            self._lacks("no pair", line)
         if unused and not (listed or share):
             count = f"{len(unused)} of {len(masks)} masks have none"
-            self.unpaired.append(f"{unused[0]}: no image fits {self.root / patterns[0]}; {count}")
-        return faults
+            self._lacks("no image", f"{unused[0]}: no image fits {self.root / patterns[0]}; {count}")
 
-    def _listed(self, file: Path, images: dict[str, Path]) -> tuple[dict[str, Path], list[str]]:
-        """Return the images that a file lists, by what * stands for or by path, and a line for others."""
+    def _listed(self, file: Path, images: dict[str, Path]) -> dict[str, Path]:
+        """Return the images that a file lists, by what * stands for or by path."""
         known = {path.relative_to(self.root).as_posix(): key for key, path in images.items()}
         known |= {key: key for key in images}
-        lines = normalize("NFC", file.read_text(encoding="utf-8-sig")).splitlines()
+        lines = normalize("NFC", file.read_text(encoding="utf-8-sig", errors="replace")).splitlines()
         names = [line.strip() for line in lines if line.strip()]
         unknown = [name for name in names if name not in known]
-        faults = [f"{file}: {name!r} is no image; {len(unknown)} such names" for name in unknown[:1]]
-        return {known[name]: images[known[name]] for name in names if name in known}, faults
+        if unknown:
+            self._lacks("no such image", f"{file}: {unknown[0]!r} is no image; {len(unknown)} such names")
+        return {known[name]: images[known[name]] for name in names if name in known}
 
     def _remedy(self, toml: Path) -> str:
         if toml not in TABLES.values():
@@ -643,21 +691,34 @@ class ShapesDataset:
 Dataset = FolderDataset | ShapesDataset
 
 
-def open_dataset(dataset: str, split: str, root: Path | None = None, strict: bool = True) -> Dataset:
+BUILT_IN = ("shapes", "shapes-fine")
+
+
+def locate(dataset: str, root: str | Path | None = None) -> tuple[str, str]:
+    """Return a name and the data root below which its folder is; or a folder, or a built-in name, and "".
+    DataError: there is no such data set."""
+    if dataset in BUILT_IN:
+        return dataset, ""
+    folder = Path(dataset).expanduser()
+    named = not folder.is_absolute() and (data_root(root) / dataset / "dataset.toml").is_file()
+    if dataset in TABLES or named:
+        return dataset, str(data_root(root))
+    if folder.is_dir():
+        return str(folder), ""
+    others = [path.parent.name for path in data_root(root).glob("*/dataset.toml")]
+    known = [*BUILT_IN, *TABLES, *others]
+    expected = f"{', '.join(known)} or a folder with a dataset.toml, which flowseg init DIR drafts"
+    raise DataError(f"data set {dataset!r} not found; expected {expected}{nearest(dataset, known)}")
+
+
+def open_dataset(dataset: str, split: str, root: str | Path | None = None, strict: bool = True) -> Dataset:
     """Open "shapes", "shapes-fine", a folder below the data root, or a path; DataError otherwise."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown; expected {', '.join(SPLITS)}{nearest(split, SPLITS)}")
-    if dataset in ("shapes", "shapes-fine"):
-        return ShapesDataset(split, fine=dataset == "shapes-fine")
-    named = data_root(root) / dataset
-    if dataset in TABLES or (named / "dataset.toml").is_file():
-        return FolderDataset(named, split, strict)
-    if (folder := Path(dataset).expanduser()).is_dir():
-        return FolderDataset(folder, split, strict)
-    others = [path.parent.name for path in data_root(root).glob("*/dataset.toml")]
-    known = ["shapes", "shapes-fine", *TABLES, *others]
-    expected = f"{', '.join(known)} or a folder with a dataset.toml, which flowseg init DIR drafts"
-    raise DataError(f"data set {dataset!r} not found; expected {expected}{nearest(dataset, known)}")
+    place, above = locate(dataset, root)
+    if place in BUILT_IN:
+        return ShapesDataset(split, fine=place == "shapes-fine")
+    return FolderDataset(Path(above, place), split, strict)
 
 
 # ---- training samples ----

@@ -1,131 +1,44 @@
-"""The `flowseg` command: train, eval, segment, init, info, download.
+"""The `flowseg` command: train, eval, segment, init, info, download, export.
 
 Results go to stdout, progress and logs to stderr. Exit codes: 0 ok, 1 some inputs failed, 2 usage, 3 data,
 4 download, 5 checkpoint, 128 + the number of the signal that ended it. An error is one line; --debug adds the
 traceback. Whatever needs PyTorch is imported inside the command that needs it, so that help is instant.
 """
 
-import json
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
-from typer import Argument, BadParameter, Option
+from typer import BadParameter, Option
 
+
+def own(name: str):
+    """Our module of that name, also where the current folder, which torchrun -m puts first, has one."""
+    before = list(sys.path)
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    try:
+        return import_module(name)
+    finally:
+        sys.path[:] = before
+
+
+options = own("flowseg_tools.options")
+terminal = own("flowseg_tools.terminal")
 app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True, highlight=False, markup=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-
-DOWNLOADS = (
-    "ade20k, coco-stuff, camvid, pixnerd-xl-256, pixnerd-xl-512, dinov2-s14, dinov2-s14-reg, "
-    "dinov2-b14, dinov2-b14-reg, dinov2-l14, dinov2-l14-reg"
-)
-RECIPES = ("ade20k-256", "ade20k-512", "coco-stuff-256", "coco-stuff-512")
-NEWEST = "Weights or run directory; by default of the newest run under runs/."
-DATA, MODEL, METHOD, TRAINING = "Data", "Model", "Method", "Training"  # panels of the help
-RUN, OUTPUT = "Run", "Output"
-
-
-def flag(panel: str, name: str, text: str, *more: str):
-    """An option that is on or off."""
-    return Option(name, *more, rich_help_panel=panel, help=text)
-
-
-def value(panel: str, metavar: str, text: str, default: str = "", *names: str, least: int | None = None):
-    """An option with a value. `default` is only shown here; it is written in a configuration or a file."""
-    shown = rf"{text} \[default: {default}]" if default else text
-    return Option(*names, metavar=metavar, rich_help_panel=panel, help=shown, show_default=False, min=least)
-
-
-def _check_report(file: Path | None) -> Path | None:
-    """Refuse before the work what cannot be written after it."""
-    if file and (file.suffix.lower() != ".json" or not file.parent.is_dir() or file.is_dir()):
-        raise BadParameter(f"{file}; expected NAME.json in a folder that exists")
-    return file
-
-
-Number = int | None
-Text = str | None
-File = Path | None
-Checkpoint = Annotated[File, Argument(metavar="[CHECKPOINT]", help=NEWEST, show_default=False)]
-Weights = Annotated[File, value(MODEL, "FILE|DIR", NEWEST, "", "--checkpoint", "-c")]
-Dataset = Annotated[
-    Text, value(DATA, "NAME|DIR", "shapes (built in), a data set's name, or a folder.", "shapes")
-]
-DatasetOf = Annotated[Text, value(DATA, "NAME|DIR", "A data set's name, or a folder.", "the checkpoint's")]
-ROOT = "$FLOWSEG_DATA, else ~/.cache/flowseg"
-Root = Annotated[File, value(DATA, "DIR", "Folder of named data sets and weights.", ROOT)]
-Limit = Annotated[Number, value(DATA, "N", "Most images of a split, evenly spaced.", "all", least=1)]
-MaxPixels = Annotated[Number, value(DATA, "N", "Largest picture that is opened.", "250,000,000", least=1)]
-Steps = Annotated[Number, value(METHOD, "N", "Euler steps.", "the checkpoint's", least=1)]
-SIDE = "Pixels that the short side of an image is resized to."
-ShortSide = Annotated[
-    Number, value(METHOD, "N", SIDE, "the training crop's", "--short-side", "--size", least=8)
-]
-WINDOWS = "The whole image at once, or square windows that overlap by a third."
-Mode = Annotated[Literal["whole", "slide"], Option(rich_help_panel=METHOD, help=WINDOWS)]
-Flip = Annotated[bool, flag(METHOD, "--flip", "Average with the mirror image.")]
-Device = Annotated[str, Option(metavar="NAME", rich_help_panel=RUN, help="auto, cpu, cuda, cuda:1 or mps.")]
-Quiet = Annotated[bool, flag(RUN, "--quiet", "Print results, warnings and errors only.", "-q")]
-Json = Annotated[bool, flag(OUTPUT, "--json", "Print the result as JSON.")]
-PHOTOS = "Photos, folders or globs; - reads a photo from stdin."
-WHERE = "Mask of one photo (.png), or a folder."
-WRITE = "Write the result as .json."
-Report = Annotated[
-    File,
-    Option(metavar="FILE", callback=_check_report, rich_help_panel=OUTPUT, help=WRITE, show_default=False),
-]
-
-
-def _check_report_place(place: Path | None) -> Path | None:
-    """Refuse a report that is neither NAME.json nor a folder."""
-    if place and (place.suffix == ".json" or (place.suffix and not place.is_dir()) or place.is_file()):
-        return _check_report(place)
-    return place
-
-
-def _use_font(file: Path | None) -> None:
-    """Write the text of pictures in another font."""
-    from flowseg_tools import draw
-
-    if file:
-        draw.use_font(file)
-
-
-ReportPlace = Annotated[
-    File,
-    Option(metavar="FILE|DIR", callback=_check_report_place, rich_help_panel=OUTPUT, show_default=False,
-           help="Write the result as .json, or into a folder with pictures."),
-]  # fmt: skip
-COLUMNS = {"name": "name", "iou": "IoU", "acc": "Acc", "pixels": "pixels"}
-SortBy = Literal["id", "name", "iou", "acc", "pixels"]
-Font = Annotated[
-    File,
-    Option(metavar="FILE", callback=_use_font, rich_help_panel=OUTPUT, show_default=False,
-           help="Font (.ttf, .otf) of text in pictures; the built-in one has plain Latin letters."),
-]  # fmt: skip
-
-
-def note_missing_letters(names: Iterable[str]) -> None:
-    """Say which letters of the names the pictures cannot show."""
-    from flowseg_tools import draw
-
-    if missing := draw.missing_letters(names):
-        err.print(f"note: the font of the pictures lacks {missing}: pass --font FILE", style="yellow")
+out = terminal.make_console()
+err = terminal.make_console(stderr=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -138,151 +51,137 @@ def _print_version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     version: Annotated[
-        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        Option("--version", metavar="", callback=_print_version, is_eager=True, help="Print the version."),
     ] = False,
-    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, Option("--debug", metavar="", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Semantic segmentation as a flow from the photo to a mask painted in category centroids."""
     if context.invoked_subcommand is None:
         out.print(context.get_help())
 
 
-@app.command()
+@app.command(epilog=options.examples("train"))
 def train(
-    dataset: Dataset = None,
-    root: Root = None,
-    workers: Annotated[
-        Number, value(DATA, "N", "Processes that load images.", "8 or less on CUDA, else 0", least=0)
-    ] = None,
-    max_pixels: MaxPixels = None,
-    preset: Annotated[
-        Text, value(MODEL, "NAME", "tiny, small, base, large, xl, vit-s or vit-b.", "tiny")
-    ] = None,
-    init: Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", "random weights")] = None,
-    encoder: Annotated[File, value(MODEL, "FILE", "DINOv2 weights for the image path.", "none")] = None,
-    finetune_encoder: Annotated[
-        bool, flag(MODEL, "--finetune-encoder", "Train them, too, at a tenth of the learning rate.")
-    ] = False,
-    objective: Annotated[Text, value(METHOD, "NAME", "reshaped or vanilla.", "reshaped")] = None,
-    recipe: Annotated[Text, value(TRAINING, "NAME", f"{', '.join(RECIPES)}.", "none")] = None,
-    max_steps: Annotated[Number, value(TRAINING, "N", "Training steps.", "480", least=1)] = None,
-    batch_size: Annotated[
-        Number, value(TRAINING, "N", "Images per step.", "8", "--batch-size", "--batch", least=1)
-    ] = None,
-    crop_size: Annotated[
-        Number, value(TRAINING, "N", "Side of the training crop.", "96", "--crop-size", "--size", least=8)
-    ] = None,
-    seed: Annotated[
-        Number, value(TRAINING, "N", "Seed of weights, order, augmentation and noise.", "0", least=0)
-    ] = None,
-    out_dir: Annotated[
-        File, value(RUN, "DIR", "Run directory.", "runs/DATASET-PRESET", "--out", "-o")
-    ] = None,
-    save_every: Annotated[Number, value(RUN, "N", "Steps between saved states.", "160", least=1)] = None,
-    dtype: Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", "bfloat16 on CUDA")] = None,
-    compile: Annotated[
-        bool | None, flag(RUN, "--compile/--no-compile", "Compile the network first; on by default on CUDA.")
-    ] = None,
-    deterministic: Annotated[
-        bool, flag(RUN, "--deterministic", "Give the same bits again on a GPU.")
-    ] = False,
-    tensorboard: Annotated[bool, flag(RUN, "--tensorboard", "Also write a log for TensorBoard.")] = False,
-    allow_changes: Annotated[bool, flag(RUN, "--allow-changes", "Continue with other options.")] = False,
-    dry_run: Annotated[bool, flag(RUN, "--dry-run", "Only say what it takes; needs no data.")] = False,
-    device: Device = "auto",
-    settings: Annotated[
-        list[str] | None, value(RUN, "FIELD=VALUE", "Set any other field; may be repeated.", "none", "--set")
-    ] = None,
-    quiet: Quiet = False,
+    context: typer.Context,
+    dataset: options.Dataset = None,
+    root: options.Root = None,
+    num_workers: options.Workers = None,
+    max_pixels: options.MaxPixels = None,
+    preset: options.Preset = None,
+    init: options.Init = None,
+    encoder: options.Encoder = None,
+    finetune_encoder: options.FinetuneEncoder = False,
+    teacher: options.Teacher = None,
+    objective: options.Objective = None,
+    encoding: options.Encoding = None,
+    encoding_dims: options.Dims = None,
+    tau: options.Tau = None,
+    eps: options.Eps = None,
+    recipe: options.Recipe = None,
+    max_steps: options.MaxSteps = None,
+    batch_size: options.BatchSize = None,
+    grad_accum_steps: options.Accumulate = None,
+    crop_size: options.CropSize = None,
+    optimizer: options.Optimizer = None,
+    lr: options.LearningRate = None,
+    warmup_steps: options.WarmupSteps = None,
+    seed: options.Seed = None,
+    out_dir: options.OutDir = None,
+    config_file: options.ConfigFile = None,
+    eval_every: options.EvalEvery = None,
+    save_every: options.SaveEvery = None,
+    dtype: options.Dtype = None,
+    compile: options.Compile = None,
+    activation_checkpointing: options.ActivationCheckpointing = False,
+    deterministic: options.Deterministic = False,
+    tensorboard: options.Tensorboard = False,
+    allow_changes: options.AllowChanges = False,
+    dry_run: options.Cost = False,
+    device: options.Device = "auto",
+    settings: options.Settings = None,
+    font: options.Font = None,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Train, or continue a run: the same command goes on where it stopped."""
+    """Train, or continue a run: the same command goes on."""
+    if "help" in (settings or []):
+        for line in options.field_lines():
+            out.print(line, soft_wrap=True)
+        return
     import train as training
-    from flowseg_tools.estimate import cost
+    from flowseg_tools import estimate
+    from flowseg_tools import settings as chosen
 
-    options = {
-        "dataset": dataset, "root": root, "num_workers": workers, "max_pixels": max_pixels,
-        "preset": preset, "init": init,
-        "objective": objective, "recipe": recipe, "max_steps": max_steps, "batch_size": batch_size,
-        "crop_size": crop_size, "seed": seed, "save_every": save_every, "dtype": dtype,
-        "compile": {True: "true", False: "false"}.get(compile), "deterministic": deterministic or None,
-        "tensorboard": tensorboard or None, "encoder": encoder, "finetune_encoder": finetune_encoder or None,
-    }  # fmt: skip
-    given = {}
-    for name, value in options.items():
-        if value is not None:
-            given[name] = str(value) if isinstance(value, Path) else value
-    config, network = training.resolve(given, settings or [])
+    config, network = training.resolve(chosen.given_fields(context.params, config_file), settings or [])
     if dry_run:
-        for group, facts in cost(config, network, int(os.environ.get("WORLD_SIZE", 1))).items():
+        for group, facts in estimate.cost(config, network, int(os.environ.get("WORLD_SIZE", 1))).items():
             out.print(f"{group}:", style="bold")
             for name, value in facts.items():
                 out.print(f"  {name}: {value}")
         return
-    name = config.recipe or f"{Path(config.dataset).resolve().name}-{config.preset}"
-    folder = out_dir or Path("runs") / name
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=quiet)
+    folder = out_dir or Path("runs") / (
+        config.recipe or f"{Path(config.dataset).resolve().name}-{config.preset}"
+    )
+    console = terminal.make_console(stderr=True, quiet=quiet)
     code = training.train(config, network, folder, device, console, allow_changes=allow_changes)
-    if not speaks():
-        raise typer.Exit(code)
+    if speaks():
+        conclude(folder, code)
+    raise typer.Exit(code)
+
+
+def conclude(folder: Path, code: int) -> None:
+    """Say what came of a run, and the next command."""
     if code:
         err.print(f"stopped; the state is saved in {folder}: the same command continues", style="yellow")
-        raise typer.Exit(code)
-    best = folder / "best.safetensors"
-    info = load(best).info
-    out.print(f"validation mIoU {info.mIoU:.1%} at step {info.step}: {best}, preview.png")
-    out.print(f"next: flowseg segment photo.jpg -o mask.png --checkpoint {best}")
+        return
+    info = load(folder, quiet=True).info
+    files = "best.safetensors, preview.png, curves.png"
+    out.print(f"validation mIoU {info.mIoU:.1%} at step {info.step}; in {folder}: {files}")
+    out.print(f"next: flowseg segment photo.jpg -o mask.png -c {folder}", soft_wrap=True)
 
 
-@app.command(name="eval")
+@app.command(name="eval", epilog=options.examples("eval"))
 def evaluate(
-    checkpoint: Checkpoint = None,
-    weights: Weights = None,
-    dataset: DatasetOf = None,
-    root: Root = None,
-    split: Annotated[str, value(DATA, "NAME", "training, validation or test.", "validation")] = "validation",
-    limit: Limit = None,
-    max_pixels: MaxPixels = None,
-    steps: Steps = None,
-    short_side: ShortSide = None,
-    mode: Mode = "whole",
-    flip: Flip = False,
-    device: Device = "auto",
-    as_json: Json = False,
-    report: ReportPlace = None,
-    worst: Annotated[
-        int,
-        Option(
-            metavar="N", min=0, rich_help_panel=OUTPUT, help="Sheets of the worst images in a --report DIR."
-        ),
-    ] = 8,
-    sort: Annotated[SortBy, Option(rich_help_panel=OUTPUT, help="Order of the printed classes.")] = "id",
-    font: Font = None,
-    quiet: Quiet = False,
+    checkpoint: options.Checkpoint = None,
+    weights: options.Weights = None,
+    dataset: options.DatasetOf = None,
+    root: options.Root = None,
+    split: options.Split = "validation",
+    limit: options.Limit = None,
+    max_pixels: options.MaxPixels = None,
+    steps: options.Steps = None,
+    short_side: options.ShortSide = None,
+    mode: options.Mode = "whole",
+    flip: options.Flip = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    report: options.ReportPlace = None,
+    worst: options.Worst = 8,
+    sort: options.SortBy = "id",
+    font: options.Font = None,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Score weights on a data set: mIoU, aAcc, mAcc and a table per class."""
-    from rich.progress import track
-
-    from data import MAX_PIXELS, open_dataset
-    from flowseg_tools import draw
+    """Score weights on a data set: mIoU, aAcc, mAcc, every class."""
+    from data import MAX_PIXELS
+    from flowseg_tools import draw, speed
     from flowseg_tools.predict import segment_photo
     from flowseg_tools.records import scores_of
     from flowseg_tools.report import check_writable, sort_classes, write_report
-    from flowseg_tools.runs import process_group
-    from flowseg_tools.speed import compile_for
+    from flowseg_tools.runs import open_dataset_of, process_group
     from train import evaluate
 
     if report:
         check_writable(report.parent if report.suffix else report)
-    model = load(checkpoint or weights, device)
-    data = open_dataset(dataset or model.info.dataset, split, root or model.info.root or None)
+    quiet = quiet or not speaks()
+    model = load(checkpoint or weights, device, quiet)
+    data = open_dataset_of(model.info, dataset, split, root)
     data.max_pixels = max_pixels or MAX_PIXELS
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
-    console = Console(stderr=True, quiet=quiet or not err.is_terminal or not speaks())
-    progress = partial(track, description="evaluating", console=console, transient=True)
     short_side = short_side or model.info.crop_size
     steps = steps or model.config.steps
-    compile_for(model, min(limit or len(data), len(data)))
+    progress = partial(terminal.track, title=f"evaluating {split}", quiet=quiet)
+    speed.compile_for(model, min(limit or len(data), len(data)))
     with process_group(model.centroids.device):  # of torchrun: all share the images, the first one speaks
         metrics, protocol = evaluate(model, data, short_side, steps, progress, limit, flip, mode)
     if not speaks():
@@ -295,47 +194,36 @@ def evaluate(
         write_report(report, facts, metrics, data, palette, predict, worst)
         note_missing_letters(data.labels.classes)
     if as_json:
-        sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
-        return
-    classes = facts["classes"] if sort == "id" else sort_classes(facts["classes"], COLUMNS[sort])
-    rows = [(c["name"], percent(c["IoU"]), percent(c["Acc"]), f"{c['pixels']:,}") for c in classes]
-    print_table(("class", "IoU", "accuracy", "labelled pixels"), rows)
-    out.print("  ".join(f"{name} {percent(facts[name], 2)}" for name in metrics.scores), style="bold")
-    out.print("protocol: " + ", ".join(f"{key} {value}" for key, value in protocol.items()))
+        terminal.print_json(facts)
+    else:
+        classes = sort_classes(facts["classes"], options.COLUMNS[sort]) if sort != "id" else facts["classes"]
+        terminal.print_scores(out, facts, classes)
 
 
-@app.command()
+@app.command(epilog=options.examples("segment"))
 def segment(
-    paths: Annotated[list[str], Argument(metavar="PATH...", help=PHOTOS, show_default=False)],
-    output: Annotated[
-        File, value(OUTPUT, "FILE|DIR", WHERE, "PHOTO-mask.png beside a single photo", "--out", "-o")
-    ] = None,
-    weights: Weights = None,
-    steps: Steps = None,
-    short_side: ShortSide = None,
-    mode: Mode = "whole",
-    flip: Flip = False,
-    overlay: Annotated[bool, flag(OUTPUT, "--overlay", "Also draw the mask over the photo.")] = False,
-    confidence: Annotated[bool, flag(OUTPUT, "--confidence", "Also write the probability, 0..255.")] = False,
-    entropy: Annotated[bool, flag(OUTPUT, "--entropy", "Also write how undecided it is, 0..255.")] = False,
-    trajectory: Annotated[bool, flag(OUTPUT, "--trajectory", "Also draw the flow: sheet and GIF.")] = False,
-    ids: Annotated[
-        Literal["train", "raw"], Option(rich_help_panel=OUTPUT, help="Values of the mask.")
-    ] = "train",
-    labelmap: Annotated[
-        bool, flag(OUTPUT, "--labelmap", "Also write labelmap.txt for annotation tools.")
-    ] = False,
-    as_json: Json = False,
-    report: Report = None,
-    max_pixels: Annotated[
-        Number, value(RUN, "N", "Largest photo that is opened.", "250,000,000", least=1)
-    ] = None,
-    font: Font = None,
-    force: Annotated[bool, flag(OUTPUT, "--force", "Overwrite outputs that exist.")] = False,
-    device: Device = "auto",
-    quiet: Quiet = False,
+    paths: options.Photos,
+    output: options.Output = None,
+    weights: options.Weights = None,
+    steps: options.Steps = None,
+    short_side: options.ShortSide = None,
+    mode: options.Mode = "whole",
+    flip: options.Flip = False,
+    overlay: options.Overlay = False,
+    confidence: options.Confidence = False,
+    entropy: options.Entropy = False,
+    trajectory: options.Trajectory = False,
+    ids: options.Ids = "train",
+    labelmap: options.Labelmap = False,
+    as_json: options.Json = False,
+    report: options.Report = None,
+    max_pixels: options.MaxPixels = None,
+    font: options.Font = None,
+    force: options.Force = False,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
 ) -> None:
-    """Segment photos: a PNG of ids, the size of the upright photo, coloured by the class centroids."""
+    """Segment photos: a PNG of class ids, as large as the photo."""
     from data import MAX_PIXELS
     from flowseg_tools import segment as tool
 
@@ -349,7 +237,7 @@ def segment(
     kinds = [kind for kind, wish in wishes.items() if wish]
     tasks = [*tool.plan(photos, output, single, kinds, force, by_stem=labelmap), *refused]
     tool.check_outputs(tasks, report)
-    model = load(weights, device)
+    model = load(weights, device, quiet)
     if overlay:
         note_missing_letters(model.info.classes)
     if labelmap:
@@ -359,147 +247,122 @@ def segment(
         raw_ids=ids == "raw", max_pixels=max_pixels or MAX_PIXELS,
     )  # fmt: skip
     records = []
+    screen = err if as_json else out  # with --json stdout holds nothing else
     try:
-        # With --json stdout holds nothing else.
-        for record in tool.tell(
-            tool.segment_all(tasks, work), len(tasks), err if as_json else out, err, quiet
-        ):
+        for record in tool.tell(tool.segment_all(tasks, work), len(tasks), screen, err, quiet):
             records.append(record)
     finally:  # of what was done before Ctrl-C, too
         if report:
             tool.report(report, records)
     if as_json:
-        sys.stdout.write(json.dumps(records, indent=2, allow_nan=False) + "\n")
+        terminal.print_json(records)
     raise typer.Exit(int(any(record["state"] == "failed" for record in records)))
 
 
-@app.command()
+@app.command(epilog=options.examples("info"))
 def info(
-    what: Annotated[
-        Text, Argument(metavar="[WHAT]", help="A data set, checkpoint or run directory.", show_default=False)
-    ] = None,
-    root: Root = None,
-    limit: Limit = None,
-    max_pixels: MaxPixels = None,
-    preview: Annotated[
-        File, value(OUTPUT, "FILE", "Draw images, masks and training crops of a data set.")
-    ] = None,
-    as_json: Json = False,
+    what: options.What = None,
+    root: options.Root = None,
+    limit: options.Limit = None,
+    max_pixels: options.MaxPixels = None,
+    preview: options.Preview = None,
+    as_json: options.Json = False,
 ) -> None:
-    """Say what is here: this machine; a data set, with every problem; what a checkpoint or run holds."""
-    from data import data_root
+    """Look at a data set, a run, a checkpoint or this machine."""
+    from flowseg_tools import describe
 
     if what is None:
-        from flowseg_tools.runs import environment, pick_device
-
-        facts = environment() | {"device": str(pick_device()), "data root": str(data_root())}
-    elif what.endswith(".safetensors") or (Path(what) / "config.json").is_file():
-        from dataclasses import asdict
-
-        from flowseg_tools.dinov2 import DinoFlowSeg
-        from flowseg_tools.runs import newest_checkpoint
-
-        model = DinoFlowSeg.load(newest_checkpoint(Path(what)))
-        facts = {"config": asdict(model.config), **asdict(model.info)}
+        facts = describe.machine(root)
+    elif what.endswith(".safetensors"):
+        facts = describe.checkpoint(Path(what))
+    elif (Path(what) / "config.json").is_file():
+        facts = describe.run(Path(what))
     else:
-        from flowseg_tools.check import describe, draw_preview
+        from flowseg_tools import check
 
-        facts = describe(what, root, limit, progress, max_pixels)
+        facts = check.describe(what, root, limit, terminal.track, max_pixels)
         if preview:
-            draw_preview(what, root, preview)
+            check.draw_preview(what, root, preview)
             err.print(f"preview: {preview}")
     if as_json:
-        sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        terminal.print_json(facts)
     elif "splits" in facts:
-        print_dataset(facts)
+        terminal.print_dataset(out, facts)
     else:
-        from flowseg_tools.terminal import printable
-
-        for name, value in facts.items():
-            out.print(printable(f"{name}: {value if isinstance(value, str) else json.dumps(value)}"))
+        terminal.print_facts(out, facts)
     raise typer.Exit(3 if facts.get("problems") else 0)
 
 
-def print_dataset(facts: dict) -> None:
-    """Print what `describe` found: the label table with the share of every class, counts and problems."""
-    from flowseg_tools.terminal import printable
-
-    parts = facts["splits"]
-    rows = []
-    for entry in facts["classes"]:
-        row = [entry["name"], str(entry["id"]), str(entry["raw"])]
-        for part in parts.values():
-            total = sum(part["pixels"])
-            row.append(f"{part['pixels'][entry['id']] / total:.2%}" if total else "-")
-        rows.append(row)
-    print_table(("class", "id", "raw value", *parts), rows)
-    for split, part in parts.items():
-        total = part["ignored"] + sum(part["pixels"])
-        ignored = part["ignored"] / max(1, total)
-        out.print(f"{split}: {part['images']:,} images, {part['checked']:,} checked, {ignored:.1%} ignored")
-    for note in facts["notes"]:
-        out.print(printable(f"note: {note}"), style="yellow")
-    for problem in facts["problems"]:
-        out.print(printable(f"problem: {problem}"), style="red")
-    out.print(f"problems: {len(facts['problems']) or 'none'}")
-
-
-@app.command()
-def init(
-    folder: Annotated[
-        Path, Argument(metavar="DIR", help="A folder of photos and masks.", show_default=False)
-    ],
-) -> None:
-    """Look at a folder of photos and masks, and draft its dataset.toml."""
+@app.command(epilog=options.examples("init"))
+def init(folder: options.Folder) -> None:
+    """Look at a folder of photos and masks, draft dataset.toml."""
     from flowseg_tools.init import write_draft
 
-    for line in write_draft(folder, progress):
+    for line in write_draft(folder, terminal.track):
         out.print(line)
 
 
-@app.command()
+@app.command(epilog=options.examples("download"))
 def download(
-    name: Annotated[
-        Text, Argument(metavar="[NAME]", help=f"{DOWNLOADS}; without a name: a table.", show_default=False)
-    ] = None,
-    root: Root = None,
-    sources: Annotated[
-        list[str] | None,
-        value(DATA, "PATH|URL", "A file on disk, or a mirror; may be repeated.", "", "--from"),
-    ] = None,
-    sha256: Annotated[Text, value(DATA, "DIGEST", "Pin a file for which none is published.")] = None,
-    max_bytes: Annotated[
-        Number, value(DATA, "N", "Largest file that is accepted.", "a tenth more than published", least=1)
-    ] = None,
-    dry_run: Annotated[bool, flag(RUN, "--dry-run", "Say what, from where and how much.")] = False,
-    keep_archive: Annotated[
-        bool, flag(RUN, "--keep-archive", "Keep the archive after unpacking it.")
-    ] = False,
-    quiet: Quiet = False,
+    name: options.Download = None,
+    root: options.Root = None,
+    sources: options.Sources = None,
+    sha256: options.Sha256 = None,
+    max_bytes: options.MaxBytes = None,
+    dry_run: options.Plan = False,
+    keep_archive: options.KeepArchive = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Fetch a data set or public weights; the same command continues after a stop."""
+    """Fetch a data set or public weights, or list what there is."""
     from flowseg_tools import download as downloads
 
     if name:
         downloads.download(name, root, sources or [], sha256, max_bytes, dry_run, keep_archive, quiet)
         return
     rows = downloads.listing(root)
-    table = Table("name", Column("size", justify="right"), "here", "what it is", box=None)
+    columns = ("name", "size", "here", "what it is")
+    terminal.print_table(
+        out, columns, [(row["name"], row["size"], row["here"], row["about"]) for row in rows]
+    )
     licences: dict[str, list[str]] = {}
     for row in rows:
-        table.add_row(row["name"], row["size"], row["here"], row["about"])
         licences.setdefault(f"{row['licence']}, {row['terms']}", []).append(row["name"])
-    out.print(table)
     for licence, names in licences.items():
         out.print(f"{', '.join(names)}: {licence}")
 
 
-def progress(indices: Iterable[int], title: str) -> Iterable[int]:
-    """Show a bar with a title while somebody watches."""
-    from rich.progress import track
+@app.command(epilog=options.examples("export"))
+def export(
+    checkpoint: options.Checkpoint = None,
+    weights: options.Weights = None,
+    output: options.Program = Path("flowseg.pt2"),
+    size: options.PhotoSize = None,
+    steps: options.Steps = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write a program, photo to class ids, for other runtimes."""
+    from flowseg_tools.export import check_output, export, parse_size
 
-    console = Console(stderr=True, quiet=not err.is_terminal)
-    return track(indices, title, console=console, transient=True)
+    check_output(output, force)
+    model = load(checkpoint or weights, "cpu", quiet)
+    width, height = parse_size(size or str(model.info.crop_size))
+    steps = steps or model.config.steps
+    if not quiet:
+        err.print("tracing the network, which takes a minute or two")
+    same = export(model, output, width, height, steps)
+    out.print(
+        f"{output}: photo ({height}, {width}, 3) uint8 -> class ids ({height}, {width}) uint8, {steps} steps"
+    )
+    out.print(f"checked on a photo of noise: {same:.2%} of the pixels are as the model has them")
+
+
+def note_missing_letters(names: tuple[str, ...]) -> None:
+    """Say which letters of the names the pictures cannot show."""
+    from flowseg_tools import draw
+
+    if missing := draw.missing_letters(names):
+        err.print(f"note: the font of the pictures lacks {missing}: pass --font FILE", style="yellow")
 
 
 def speaks() -> bool:
@@ -507,49 +370,37 @@ def speaks() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    """A share as text; None is the score of a class that does not occur."""
-    return "absent" if share is None else f"{share:.{digits}%}"
-
-
-def print_table(columns: tuple, rows: list) -> None:
-    """Print names to the left and numbers to the right; as wide as needed when piped."""
-    from flowseg_tools.terminal import printable
-
-    table = Table(columns[0], *(Column(name, justify="right") for name in columns[1:]), box=None)
-    for row in rows:
-        table.add_row(*(printable(cell) for cell in row))
-    out.print(table)
-
-
-def load(checkpoint: Path | None, device: str = "auto"):
-    """The model of a checkpoint or run directory, by default of the newest run, which is then named."""
+def load(checkpoint: Path | None, device: str = "auto", quiet: bool = False):
+    """The model of a checkpoint or run directory, by default of the newest run; which one is said."""
     from flowseg_tools.dinov2 import DinoFlowSeg
     from flowseg_tools.runs import newest_checkpoint, pick_device
     from model import CheckpointError
 
-    if checkpoint is None or checkpoint.is_dir():
-        checkpoint = newest_checkpoint(checkpoint)
-        if speaks():
-            err.print(f"weights: {checkpoint}")
+    checkpoint = newest_checkpoint(checkpoint)
     model = DinoFlowSeg.load(checkpoint, pick_device(device))
     if not model.info.classes:
         raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")
+    if not quiet:
+        score = "not validated" if model.info.mIoU is None else f"validation mIoU {model.info.mIoU:.1%}"
+        err.print(
+            terminal.printable(
+                f"weights: {checkpoint} ({model.info.dataset}, step {model.info.step}, {score})"
+            )
+        )
     return model
 
 
 def main() -> None:
     """Run the command line; turn an error into one line and its exit code."""
     # Modules of the user in the current folder must not be taken for ours: torchrun -m puts it first.
-    own = str(Path(__file__).resolve().parent)
-    sys.path[:] = [own, *(place for place in sys.path if place != own)]
-    from flowseg_tools.terminal import Steady, describe_error
+    ours = str(Path(__file__).resolve().parent)
+    sys.path[:] = [ours, *(place for place in sys.path if place != ours)]
 
     # What Pillow says of a damaged file is said in our own line, which names the file.
     warnings.filterwarnings("ignore", module="PIL")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     for name in ("stdout", "stderr"):
-        setattr(sys, name, Steady(getattr(sys, name)))
+        setattr(sys, name, terminal.Steady(getattr(sys, name)))
     for i, word in enumerate(sys.argv[:-1]):
         if word == "--json" and sys.argv[i + 1].endswith(".json"):
             sys.argv[i] = "--report"  # its earlier name, which scripts may still use
@@ -560,7 +411,7 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        line, code = describe_error(error)
+        line, code = terminal.describe_error(error)
         traceback.clear_frames(error.__traceback__)  # they hold loaders, which would live on for a while
         err.print(line, style="red")
     if sys.stdout.close_quietly():

@@ -54,9 +54,10 @@ class ModelConfig:
     depth: int = 2  # transformer blocks
     num_heads: int = 4
     nerf_depth: int = 1  # blocks of the neural field
-    nerf_width: int = 32  # Dx, width of a pixel inside the neural field
+    nerf_width: int = 16  # Dx, width of a pixel inside the neural field
     nerf_mlp_ratio: int = 1  # r, expansion inside a block of the neural field
     conv_width: int = 24  # channels of the image encoder at full resolution
+    tokens_of: str = "image"  # what the transformer reads: the image, once | state, at every step, as PixNerd
     # A public vision transformer beside it (flowseg_tools/dinov2.py), whose file tells its sizes; 0: none.
     vit_width: int = 0
     vit_depth: int = 12
@@ -66,16 +67,19 @@ class ModelConfig:
     finetune_encoder: bool = False  # train it, too
     # The flow. The paper has encoding kronecker, 3 dimensions, tau 1 and weight 1; docs/RESULTS.md compares.
     encoding: str = "coded"  # | kronecker
-    encoding_dims: int = 19  # channels of the state
+    encoding_dims: int = 0  # channels of the state; 0: as few as serve, 11 up to 16 classes, else 19
     objective: str = "reshaped"  # | vanilla: without the gradient of the potential
     eps: float = 0.3  # in units of the least squared distance between two centroids
     tau: float = 0.15  # at a centroid, its class is then e^10 times as probable as the next one
     phi_weight: float = 16.0  # of the potential beside the squared error
-    later_share: float = 0.25  # of the images that are used at a second time t > 0
+    later_share: float = 0.25  # of the images that are used a second time, at t > 0
     steps: int = 4  # Euler steps when the caller names none
 
     def __post_init__(self):
         check_ranges(self, MODEL_RANGES)
+        if self.encoding_dims == 0:
+            fewest = 11 if self.num_classes <= 16 else 19
+            object.__setattr__(self, "encoding_dims", 3 if self.encoding == "kronecker" else fewest)
         if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
         if self.conv_width % 8:
@@ -84,7 +88,7 @@ class ModelConfig:
             expected = f"a multiple of 4 x {self.num_heads} heads"
             raise ValueError(f"hidden_size is {self.hidden_size}; expected {expected}")
         if self.encoding == "coded" and not self.num_classes <= 2 ** (self.encoding_dims - 3) <= 2**16:
-            expected = f"19 or less, and enough for {self.num_classes} words of encoding_dims - 3 bits"
+            expected = f"at most 19, and enough for {self.num_classes} words of encoding_dims - 3 bits"
             raise ValueError(f"encoding_dims is {self.encoding_dims}; expected {expected}")
 
 
@@ -92,9 +96,10 @@ MODEL_RANGES = {  # lowest and highest value of every number, or all words that 
     "num_classes": (2, 255), "patch_size": (1, 64), "hidden_size": (4, 16_384), "depth": (0, 1000),
     "num_heads": (1, 1024), "nerf_depth": (0, 100), "nerf_width": (1, 4096), "nerf_mlp_ratio": (1, 64),
     "vit_width": (0, 4096), "vit_depth": (1, 100), "vit_patch": (1, 64), "vit_grid": (1, 1000),
-    "vit_registers": (0, 100), "conv_width": (8, 4096), "encoding_dims": (3, 255),
-    "encoding": ("coded", "kronecker"), "objective": ("reshaped", "vanilla"), "eps": (1e-9, 1e6),
-    "tau": (1e-4, 1e4), "phi_weight": (0.0, 1e6), "later_share": (0.0, 1.0), "steps": (1, 1000),
+    "vit_registers": (0, 100), "conv_width": (8, 4096), "encoding_dims": (0, 255),
+    "tokens_of": ("image", "state"), "encoding": ("coded", "kronecker"),
+    "objective": ("reshaped", "vanilla"), "eps": (1e-9, 1e6), "tau": (1e-4, 1e4),
+    "phi_weight": (0.0, 1e6), "later_share": (0.0, 1.0), "steps": (1, 1000),
 }  # fmt: skip
 
 
@@ -121,6 +126,7 @@ def kronecker_centroids(num_classes: int, dims: int = 3) -> Tensor:
 
     c_k = k (sqrt 2, sqrt 3, sqrt 5, ..) mod 1 for k = 1 .. N; each coordinate is then min-max normalised.
     """
+    # The step of each coordinate is the square root of another prime.
     primes: list[int] = []
     candidate = 2
     while len(primes) < dims:
@@ -128,23 +134,28 @@ def kronecker_centroids(num_classes: int, dims: int = 3) -> Tensor:
             primes.append(candidate)
         candidate += 1
     alphas = torch.tensor(primes, dtype=torch.float64).sqrt()
+
+    # The sequence, in float64, because the product k sqrt(prime) is taken modulo 1.
     c = torch.arange(1, num_classes + 1, dtype=torch.float64)[:, None] * alphas % 1  # (N, dims)
     low, high = c.aminmax(dim=0)
     return (2 * (c - low) / (high - low).clamp_min(1e-12) - 1).float()
 
 
-def coded_centroids(num_classes: int, dims: int = 19) -> Tensor:
+def coded_centroids(num_classes: int, dims: int) -> Tensor:
     """The default encoding: centroids (N, dims) float32, three class colours followed by a code word.
 
     The colours are the paper's centroids in 3 dimensions. The words of dims - 3 letters -1 or 1 differ in as
-    many places as possible, so that all centroids lie about equally far from each other: up to 32 words of
-    16 letters differ in at least 8 of them, 128 words in 6, 255 in 5 (a lexicode: Conway and Sloane, 1986).
+    many places as possible, so that all centroids lie about equally far from each other: 16 words of 8
+    letters differ in at least 4 of them; of 16 letters, 32 words in 8, 128 in 6, 255 in 5 (a lexicode: Conway
+    and Sloane, 1986).
     """
+    # All words in lexicographic order: the bits of 0, 1, 2, .., as letters -1 and 1.
     length = dims - 3
     bits = torch.arange(length - 1, -1, -1)
-    words = (
-        2.0 * (torch.arange(2**length)[:, None] >> bits & 1) - 1
-    )  # (2^length, length), in lexicographic order
+    letters = torch.arange(2**length)[:, None] >> bits & 1
+    words = 2.0 * letters - 1  # (2^length, length)
+
+    # The largest distance at which there are enough words.
     for distance in range(length, 0, -1):
         # Take each word that differs from all those taken before in at least `distance` places.
         chosen: list[int] = []
@@ -198,6 +209,7 @@ def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     |mu|^2 - 2 mu.x + |x|^2 is one fast product, but it cancels near a centroid, exactly where 1 / (d + eps)
     matters. Therefore the least distance is taken again, by direct differences.
     """
+    # All distances by one product.
     with exact_float32(x.device):
         return _squared_distances(x, centroids)
 
@@ -206,6 +218,8 @@ def _squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """The same where the caller has already asked for exact products, so that it compiles as one graph."""
     d = torch.addmm(centroids.square().sum(1, keepdim=True), centroids, x.T, alpha=-2)
     d += x.square().sum(1)
+
+    # The least one again, by differences.
     nearest = d.argmin(0, keepdim=True)
     exact = (x - centroids[nearest[0]]).square().sum(1)
     return d.scatter_(0, nearest, exact[None]), nearest
@@ -222,10 +236,13 @@ def potential_gradient(
     is. Pixels are processed in chunks, so memory does not grow with the image. of_chunk: a compiled
     `potential_of_chunk`.
     """
+    # Types, and the number of pixels in a chunk.
     of_chunk = of_chunk or potential_of_chunk
     x = x if x.dtype == torch.float64 else x.float()
     mu = centroids.to(x)
     chunk = max(1, (CHUNK_CPU if x.device.type == "cpu" else CHUNK_GPU) // len(mu))  # pixels
+
+    # Phi and its gradient, chunk after chunk.
     phi = x.new_empty(len(x))
     grad = torch.empty_like(x)
     with exact_float32(x.device):
@@ -241,6 +258,7 @@ def potential_of_chunk(x: Tensor, y: Tensor, mu: Tensor, eps: float, tau: float)
     grad Phi = (2 / tau) [ (1 - p_y) (x - mu_y) / s_y  -  sum over k != y of p_k (x - mu_k) / s_k ]
                            attraction to the label        repulsion from the other classes
     """
+    # The soft assignment, from distances.
     d, nearest = _squared_distances(x, mu)  # (N, M), (1, M)
     s = d.add_(eps)  # (N, M)
     logits = s.log().neg_()  # (N, M)
@@ -250,6 +268,8 @@ def potential_of_chunk(x: Tensor, y: Tensor, mu: Tensor, eps: float, tau: float)
 
     # The logit of the nearest class is 0, so log p_nearest is minus the log of the softmax's denominator.
     phi = -(logit_y + p.gather(0, nearest).log())[0]  # (M,)
+
+    # The two terms of the gradient.
     attraction = ((1 - p.gather(0, y)) / s.gather(0, y)).T * (x - mu[y[0]])  # (M, dims)
     w = p.div_(s).scatter_(0, y, 0)  # (N, M): p_k / s_k of the other classes
     repulsion = w.sum(0)[:, None] * x - w.T @ mu  # (M, dims), without the (M, N, dims) of all x - mu_k
@@ -334,13 +354,12 @@ class FlowSeg(nn.Module):
 
         With x0 = I, a state (1 - t) x0 + t mu[y] would hand the network the label: I is known, so mu[y] can
         be solved for. Sampling has no label and would never visit such a state. Therefore no state is made
-        from the truth. Every image is used twice: at t = 0, where the state is the image itself, and at a
-        uniform t on the straight line to the end that the network aimed at from there, where sampling goes:
+        from the truth. Every image is used at t = 0, where the state is the image itself, and a random share
+        of the images a second time, at a uniform t on the straight line to the end that the network aimed at
+        from there, where sampling goes:
 
             x1_hat = x0 + v(x0, 0), without gradient;   x_t = (1 - t) x0 + t x1_hat
-            loss = (R(x0, 0) + R(x_t, t)) / 2
-
-        To save time, a random share of the images stands for all of them in the second term.
+            loss = R(x0, 0) + R(x_t, t), where every state counts the same
 
         R is the paper's |v - stopgrad(v_gt - grad Phi)|^2, measured in the end instead of the velocity, since
         the velocity that is needed grows like 1 / (1 - t). The potential has a weight w beside the squared
@@ -348,11 +367,14 @@ class FlowSeg(nn.Module):
 
             R = mean over pixels and channels of |x1_hat - stopgrad(mu[y] - w grad Phi(x1_hat))|^2
         """
+        # What is random: the time of every image, and which of them are used at that time, too.
         self._check(image, labels)
         count = ((labels != IGNORE).sum() if count is None else count).clamp_min(1)
         t, choice = draw_random(torch.rand, (len(image), 2), generator).unbind(1)  # on the CPU
         chosen = (choice < self.config.later_share).nonzero()[:, 0].to(image.device, non_blocking=True)
         t = t.to(image, non_blocking=True)
+
+        # The first state: the image itself.
         x0 = self.source(image)
         features = self.network.encode_image(image)
         loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
@@ -363,23 +385,28 @@ class FlowSeg(nn.Module):
             x_t = x0[chosen].lerp(x1_hat[chosen], 1 - time_left(t))
             features = Features(*(values[chosen] for values in features))
             later, _, _ = self._loss_at(x_t, t, features, labels[chosen], count)
-            loss = loss + later / self.config.later_share
-        return loss / 2, stats
+            loss = loss + later
+        return loss, stats
 
     def _loss_at(
         self, x_t: Tensor, t: Tensor, features: "Features", labels: Tensor, count: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """R and diagnostics at one state per image, and the detached x1_hat (B, dims, H, W)."""
-        valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
-        x1_hat = x_t + time_left(t) * self._velocity(x_t, t, features)
+        # The end that the network aims at, its error, and the correction of its target.
+        dims = self.config.encoding_dims
+        x1_hat = torch.addcmul(x_t, time_left(t), self._velocity(x_t, t, features))
         error = x1_hat - self.encode_labels(labels)  # = (1 - t) (v - v_gt)
         phi, grad = self.potential(x1_hat.detach(), labels)
         residual = error
         if self.config.objective == "reshaped":
-            residual = error + self.config.phi_weight * grad
-        loss = (residual.square() * valid).sum() / (count * self.config.encoding_dims)
+            residual = error.add(grad, alpha=self.config.phi_weight)
 
-        fm_error = error.detach().square().mean(1, keepdim=True)  # (B, 1, H, W)
+        # The mean over labelled pixels and channels; `count` may be that of a larger batch.
+        valid = (labels != IGNORE)[:, None]  # (B, 1, H, W)
+        loss = (residual.square().sum(1, keepdim=True) * valid).sum() / (count * dims)
+
+        # Diagnostics, as means over the same pixels.
+        fm_error = error.detach().norm(dim=1, keepdim=True).square() / dims  # (B, 1, H, W)
         maps = {"fm_error": fm_error, "phi": phi, "grad_phi": grad.norm(dim=1, keepdim=True)}
         stats = {name: (values * valid).sum() / count for name, values in maps.items()}
         return loss, stats, x1_hat.detach()
@@ -397,9 +424,13 @@ class FlowSeg(nn.Module):
         steps = self.config.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps is {steps}; expected at least 1")
+
+        # The network takes whole patches; what is padded is cut off again.
         H, W = image.shape[-2:]
         P = self.config.patch_size
         image = F.pad(image, (0, -W % P, 0, -H % P), mode="replicate")
+
+        # The image is read once, for all steps.
         velocity = velocity or partial(self._velocity, features=self.network.encode_image(image))
         x = self.source(image)
         yield x[..., :H, :W]
@@ -460,6 +491,7 @@ class FlowSeg(nn.Module):
             if not Path(path).is_file():
                 raise CheckpointError(f"{path} is no file; pass one from `flowseg train`")
             with safe_open(path, "pt") as file:
+                # The configuration, and the network that it describes, without values.
                 facts = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
                 if facts.pop("format", None) != FORMAT:
                     reason = f"is no FlowSeg checkpoint or an older one; expected {FORMAT}"
@@ -467,6 +499,8 @@ class FlowSeg(nn.Module):
                 with torch.device("meta"):
                     model = cls(ModelConfig(**facts.pop("config")))
                 model.info = CheckpointInfo(**facts)
+
+                # Names and shapes are compared before any tensor is read.
                 shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
                 if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
                     raise ValueError("its tensors are not those of its configuration")
@@ -483,25 +517,50 @@ class FlowSeg(nn.Module):
 
 # 4 Network: PixNerd with an image path -------------------------------------------------------------------
 #
-# A transformer reads the state x_t in patches of P x P pixels. Each of its tokens then generates the weights
-# of a small neural field, which renders the pixels of that token's own patch. What the image contributes
-# depends on neither x_t nor t: it is computed once and reused at every step of the flow.
+# A transformer reads patches of P x P pixels. Each of its tokens then generates the weights of a small
+# neural field, which renders the velocity of the pixels in that token's own patch from their states.
+# PixNerd's tokens read the state x_t, at every step of the flow. By default ours read the image instead,
+# and what a convolutional encoder sees in it: then they are computed once, and a step is the field alone.
 # Shapes: L = H/P W/P tokens of width D, P P pixels in a patch, width Dx inside the neural field.
 
 
 class Features(NamedTuple):
-    """What the image adds at every step of the flow."""
+    """What is computed once per image, for every step of the flow."""
 
-    tokens: Tensor  # (B, L, D), added to the tokens
+    tokens: Tensor  # (B, L, D), the tokens; where they are of the state, what the image adds to them
     queries: Tensor  # (B, L, P P, Dx), added to the pixel queries of the neural field
-    velocity: Tensor  # (B, L, P P, dims), added to the velocity
+    velocity: Tensor  # (B, dims, H, W), added to the velocity
 
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and torch.is_grad_enabled():
+            return NormOnCPU.apply(x.float(), self.weight, self.eps).to(x.dtype)
         return super().forward(x.float()).to(x.dtype)
+
+
+class NormOnCPU(torch.autograd.Function):
+    """The same with a gradient written out: three times as fast on a CPU, where PyTorch has no kernel of its
+    own for it and passes over all pixels many times."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+        scale = (mean_square + eps).rsqrt()
+        unit = x * scale
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """With n = x / rms: grad_x = (g w - n mean(g w n)) / rms and grad_w = sum of g n over all vectors."""
+        unit, scale, weight = ctx.saved_tensors
+        product = grad * unit
+        mean = product @ weight[:, None] / len(weight)
+        grad_x = (grad * weight).addcmul_(unit, mean, value=-1).mul_(scale)
+        return grad_x, product.flatten(0, -2).sum(0), None
 
 
 def rotary_angles(height: int, width: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -532,10 +591,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # Queries, keys and values; the first two know their positions.
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, L, 3, heads, h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, h) each
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
+
+        # Every token looks at all others.
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))  # (B, L, D)
 
@@ -566,9 +628,8 @@ class Block(nn.Module):
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)[:, None].chunk(
-            6, dim=-1
-        )  # (B, 1, D)
+        modulation = self.modulation(c)[:, None]  # (B, 1, 6 D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
@@ -583,10 +644,13 @@ class NerfBlock(nn.Module):
 
     def forward(self, q: Tensor, s: Tensor) -> Tensor:
         """q: (B, L, P P, Dx), the pixels of the patches; s: (B, L, D), their tokens."""
+        # The token's two matrices.
         width = q.shape[-1]
         w1, w2 = self.param_generator(s).chunk(2, dim=-1)  # (B, L, Dx r Dx) each
         w1 = F.normalize(w1.unflatten(-1, (width, -1)), dim=-2)  # (B, L, Dx, r Dx), unit columns
         w2 = F.normalize(w2.unflatten(-1, (-1, width)), dim=-2)  # (B, L, r Dx, Dx)
+
+        # A batched product: every patch has matrices of its own.
         return q + F.silu(self.norm(q) @ w1) @ w2  # (B, L, P P, Dx)
 
 
@@ -596,6 +660,11 @@ def conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequentia
     for inputs, step in ((channels_in, stride), (channels, 1)):
         layers += [nn.Conv2d(inputs, channels, 3, step, 1, bias=False), nn.GroupNorm(8, channels), nn.SiLU()]
     return nn.Sequential(*layers)
+
+
+def map_pixels(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear map of the channels of x (B, C, H, W): faster than a 1 x 1 convolution if they come last."""
+    return layer(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class ImageEncoder(nn.Module):
@@ -609,21 +678,25 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.down = nn.ModuleList([conv_block(3, widths[0])])
         self.down.extend(conv_block(fine, coarse, stride=2) for fine, coarse in pairwise(widths))
-        lateral = (nn.Conv2d(coarse, fine, 1, bias=False) for fine, coarse in pairwise(widths))
+        lateral = (nn.Linear(coarse, fine, bias=False) for fine, coarse in pairwise(widths))
         self.lateral = nn.ModuleList(lateral)
         self.up = nn.ModuleList(conv_block(fine, fine) for fine in widths[:-1])
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> finest level (B, widths[0], H, W) and coarsest (B, widths[-1], H/P, W/P)."""
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> the levels (B, widths[i], H / 2^i, W / 2^i), from fine to coarse."""
+        # Down: every level halves the resolution of the one before.
         x = image.contiguous(memory_format=torch.channels_last)  # twice as fast on a CPU
         levels = []
         for block in self.down:
             x = block(x)
             levels.append(x)
+
+        # Up: every level is added to the finer one.
         for i in reversed(range(len(self.up))):
-            wide = F.interpolate(self.lateral[i](x), scale_factor=2, mode="bilinear")
-            x = self.up[i](wide + levels[i])
-        return x, levels[-1]
+            narrow = map_pixels(self.lateral[i], levels[i + 1])
+            wide = F.interpolate(narrow, scale_factor=2, mode="bilinear")
+            levels[i] = self.up[i](wide + levels[i])
+        return levels
 
 
 def pixels_of_patches(x: Tensor, size: int) -> Tensor:
@@ -653,6 +726,7 @@ class Network(nn.Module):
     """PixNerd: a transformer over patches, each of whose tokens generates a neural field for its pixels.
 
     `encode_image` reads the image once; `forward` maps x_t and t to the velocity, given those features.
+    With tokens_of = "state" and an image path of zeros this is PixNerd itself.
     """
 
     def __init__(self, config: ModelConfig):
@@ -665,7 +739,8 @@ class Network(nn.Module):
         width = config.nerf_width
 
         # PixNerd.
-        self.patch_embed = nn.Linear(dims * P * P, D)
+        channels_read = 3 if config.tokens_of == "image" else dims
+        self.patch_embed = nn.Linear(channels_read * P * P, D)
         self.time_mlp = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.null_class = nn.Parameter(torch.zeros(D))
         self.blocks = nn.ModuleList(Block(D, config.num_heads) for _ in range(config.depth))
@@ -675,16 +750,18 @@ class Network(nn.Module):
         self.head_norm = RMSNorm(width, eps=1e-6)
         self.head = nn.Linear(width, dims)
 
-        # The image path: levels at strides 1, 2, 4, .., P, and a coarse velocity from the last tokens.
+        # The image path: levels at strides 1, 2, 4, .., P, and a velocity at each of them.
         growth = [1, 2, 4, 6, 6, 6, 6]
         widths = [config.conv_width * growth[level] for level in range(P.bit_length())]
         self.image_encoder = ImageEncoder(widths)
         self.image_to_token = nn.Linear(widths[-1], D, bias=False)
         self.image_to_pixel = nn.Linear(widths[0], width, bias=False)
-        self.image_to_velocity = nn.Linear(widths[0], dims, bias=False)
+        heads = (nn.Linear(channels, dims, bias=False) for channels in widths[:-1])
+        self.image_to_velocity = nn.ModuleList(heads)
         self.token_to_velocity = nn.Linear(D, dims, bias=False)
 
-        # Blocks start as the identity, the head and the coarse velocity at zero, as in DiT.
+        # Blocks start as the identity and whatever is added to the velocity at zero, as in DiT. Of the state,
+        # a pixel query begins with its colours, as where weights of PixNerd are extended to more channels.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -692,20 +769,57 @@ class Network(nn.Module):
                     nn.init.zeros_(module.bias)
         for block in self.blocks:
             nn.init.zeros_(block.modulation.weight)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.token_to_velocity.weight)
+        for layer in (self.head, self.token_to_velocity, *self.image_to_velocity):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.pixel_embed.weight[:, 3:dims])
 
     def encode_image(self, image: Tensor) -> Features:
-        """What the image (B, 3, H, W) adds at every step: to tokens, pixel queries and velocity."""
+        """What is computed once for images (B, 3, H, W), whose sides are multiples of P."""
         P = self.config.patch_size
-        fine, coarse = self.image_encoder(image)
-        pixels = pixels_of_patches(fine, P)  # (B, L, P P, C)
-        tokens = self.image_to_token(coarse.flatten(2).transpose(1, 2))  # (B, L, D)
+        levels = self.image_encoder(image)
+        grid = levels[-1].shape[2:]
+        tokens = self.tokens_of_image(image, levels[-1])
+
+        # The transformer, if it reads the image: the source x0 is the image, and t is 0.
+        if self.config.tokens_of == "image":
+            time = self.embed_time(image.new_zeros(1))
+            tokens = self.transform(pixels_of_patches(image, P), time, grid, tokens)
+            velocity = self.coarse_velocity(tokens, grid)
+        else:
+            velocity = image.new_zeros(len(image), self.config.encoding_dims, *grid)
+
+        # A velocity from coarse to fine, as a Laplacian pyramid: every level refines the enlarged one before.
+        for i in reversed(range(len(levels) - 1)):
+            wide = F.interpolate(velocity, scale_factor=2, mode="bilinear")
+            velocity = wide + map_pixels(self.image_to_velocity[i], levels[i])
 
         # Positions enter the pixel queries linearly and are the same at every step, so they are added here.
+        pixels = pixels_of_patches(levels[0], P)  # (B, L, P P, C)
         position_weight = self.pixel_embed.weight[:, self.config.encoding_dims :]  # (Dx, 64)
         position = cosine_basis(P, image.device) @ position_weight.T  # (P P, Dx)
-        return Features(tokens, self.image_to_pixel(pixels) + position, self.image_to_velocity(pixels))
+        return Features(tokens, self.image_to_pixel(pixels) + position, velocity)
+
+    def tokens_of_image(self, image: Tensor, coarse: Tensor) -> Tensor:
+        """What images (B, 3, H, W) add to their tokens (B, L, D): the encoder's coarsest level, mapped."""
+        return self.image_to_token(coarse.flatten(2).transpose(1, 2))
+
+    def transform(self, pixels: Tensor, time: Tensor, grid: tuple[int, int], tokens: Tensor) -> Tensor:
+        """The transformer on a grid of patches with pixels (B, L, P P, C) and what is added to their tokens
+        (B, L, D), under the condition of the time's embedding (B, D) -> tokens (B, L, D)."""
+        channels = pixels.shape[-1]
+        weight = (
+            self.patch_embed.weight.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1)
+        )  # pixels first
+        tokens = F.linear(pixels.flatten(2), weight, self.patch_embed.bias) + tokens
+        condition = F.silu(time + self.null_class)
+        cos, sin = rotary_angles(*grid, self.config.hidden_size // self.config.num_heads, pixels.device)
+        for block in self.blocks:
+            tokens = self._run(block, tokens, condition, cos, sin)
+        return tokens
+
+    def coarse_velocity(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What tokens (B, L, D) say at once about their patches, without a neural field: (B, dims, h, w)."""
+        return self.token_to_velocity(tokens).unflatten(1, grid).movedim(-1, 1)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Embedding (B, D) of t (B,) in [0, 1], in float32 also under autocast. The largest period is 10
@@ -717,37 +831,33 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
         """The velocity (B, dims, H, W) float32 at x (B, dims, H, W) and t (B,) in [0, 1]."""
-        _, C, H, W = x.shape
+        H, W = x.shape[2:]
         P = self.config.patch_size
-        h, w = H // P, W // P
+        grid = (H // P, W // P)
         pixels = pixels_of_patches(x, P)  # (B, L, P P, C)
         time = self.embed_time(t)  # (B, D)
+        velocity = features.velocity.float()
 
-        # The transformer: tokens of the state, to which the image adds its own, under the condition of time.
-        weight = self.patch_embed.weight.unflatten(1, (C, -1)).transpose(1, 2).flatten(1)  # pixels first
-        tokens = F.linear(pixels.flatten(2), weight, self.patch_embed.bias) + features.tokens  # (B, L, D)
-        condition = F.silu(time + self.null_class)  # (B, D)
-        cos, sin = rotary_angles(h, w, self.config.hidden_size // self.config.num_heads, x.device)
-        for block in self.blocks:
-            tokens = self._run(block, tokens, condition, cos, sin)
+        # The transformer, if it reads the state.
+        tokens = features.tokens  # (B, L, D)
+        if self.config.tokens_of == "state":
+            tokens = self.transform(pixels, time, grid, tokens)
+            coarse = self.coarse_velocity(tokens, grid).float()
+            velocity = velocity + F.interpolate(coarse, scale_factor=P, mode="bilinear")
 
         # The neural field: every token generates the weights that render its own P x P pixels.
         s = F.silu(time[:, None] + tokens)  # (B, L, D)
-        out = self._run(self.render_patches, pixels, s, features.queries, features.velocity)
-        fine = image_of_patches(out.float(), H, W)  # (B, C, H, W)
+        out = self._run(self.render_patches, pixels, s, features.queries)  # (B, L, P P, C)
+        return image_of_patches(out.float(), H, W) + velocity
 
-        # What the tokens say at once about their surroundings, without the neural field.
-        coarse = self.token_to_velocity(tokens).float().unflatten(1, (h, w)).movedim(-1, 1)  # (B, C, h, w)
-        return fine + F.interpolate(coarse, scale_factor=P, mode="bilinear")
-
-    def render_patches(self, x: Tensor, s: Tensor, queries: Tensor, velocity: Tensor) -> Tensor:
+    def render_patches(self, x: Tensor, s: Tensor, queries: Tensor) -> Tensor:
         """The neural fields of tokens s (B, L, D) at their pixels: states x (B, L, P P, C) and what the image
-        adds -> velocity (B, L, P P, C)."""
+        adds to the queries -> velocity (B, L, P P, C)."""
         state_weight = self.pixel_embed.weight[:, : x.shape[-1]]
         q = F.linear(x, state_weight, self.pixel_embed.bias) + queries  # (B, L, P P, Dx)
         for block in self.nerf_blocks:
             q = block(q, s)
-        return self.head(self.head_norm(q)) + velocity
+        return self.head(self.head_norm(q))
 
     def _run(self, function: Callable, *inputs: Tensor) -> Tensor:
         """function(*inputs); its activations are kept for the backward pass, or recomputed there."""
@@ -788,6 +898,7 @@ class CheckpointInfo:
     environment: dict = field(default_factory=dict)  # versions and commit
 
     def __post_init__(self):
+        # Lists: their types, and no value twice.
         for name in ("classes", "ids", "ignore", "colors", "clear"):
             kinds = (int, str) if name in ("ids", "ignore") else (str,)
             values = getattr(self, name)
@@ -799,9 +910,13 @@ class CheckpointInfo:
             for value in values if name in ("ids", "ignore", "colors") else ():
                 if type(value) is str and not HEX_COLOR.fullmatch(value):
                     raise ValueError(f"{name} has {value!r}; colours are written '#rrggbb'")
+
+        # What belongs together.
         if len(self.classes) != len(self.ids) or len(self.colors) not in (0, len(self.classes)):
             counts = f"{len(self.ids)} ids and {len(self.colors)} colours for {len(self.classes)} classes"
             raise ValueError(f"{counts}; expected one each")
+
+        # Everything else: types and ranges.
         for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():
             if type(getattr(self, name)) is not kind:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind.__name__}")
@@ -811,6 +926,7 @@ class CheckpointInfo:
 
 def tensor_faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """How many tensors are missing, unknown, of another shape or not finite, and the first three; or ""."""
+    # Every name of either side.
     wrong = []
     for name in sorted(expected.keys() | found.keys()):
         wanted = tuple(expected[name].shape) if name in expected else "nothing"
@@ -820,6 +936,8 @@ def tensor_faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
             given = given if finite else "not finite"
         if given != wanted:
             wrong.append(f"{name} is {given}, expected {wanted}")
+
+    # One line, however many there are.
     shown = wrong[:3] if len(wrong) <= 3 else [*wrong[:3], ".."]
     return f"{len(wrong)} faults: {'; '.join(shown)}" if wrong else ""
 
@@ -833,14 +951,19 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict, 
     folder = path.with_name(f".{path.name}.part")
     part = folder / path.name
     try:
+        # A folder of its own, in place of what a kill may have left.
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # rmtree leaves a file or a link of that name, which is not followed
             folder.unlink()
         folder.mkdir()
+
+        # The whole file, on the disk before it gets its name.
         strings = {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, strings)
         part.chmod(0o666 & folder.stat().st_mode)  # what the umask allows; safetensors makes it 0600
         _sync(part)
+
+        # Its name, and that of the file before it.
         if keep and path.exists():
             os.replace(path, path.with_name(keep))
         os.replace(part, path)

@@ -36,6 +36,7 @@ from flowseg_tools.dinov2 import Alignment
 from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.runs import RunError, process, summed
 from flowseg_tools.settings import resolve_as
+from flowseg_tools.terminal import make_bar, make_console, tracked
 from model import FlowSeg, ModelConfig, check_ranges, weights_hash
 
 MOST_FAILURES = 10  # steps in a row without a finite gradient
@@ -52,12 +53,12 @@ class TrainConfig:
     preset: str = "tiny"
     init: str = ""  # weights or run directory to start from
     seed: int = 0
-    max_steps: int = 480
+    max_steps: int = 600
     batch_size: int = 8  # images per training step, over all processes
     grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
     crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
     optimizer: str = "muon"  # | adamw
-    lr: float = 4e-3
+    lr: float = 6e-3
     warmup_steps: int = 60  # linear warm-up, then cosine to zero
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
@@ -66,8 +67,8 @@ class TrainConfig:
     teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
-    eval_every: int = 160
-    save_every: int = 160
+    eval_every: int = 200
+    save_every: int = 200
     save_minutes: float = 0.0  # also save when so many minutes have passed; 0: never
     log_every: int = 25
     num_workers: int = -1  # processes that load images; -1: as many as fit on CUDA, none elsewhere
@@ -425,8 +426,8 @@ class Run:
         self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
         torch.use_deterministic_algorithms(config.deterministic)
-        loud = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=self.rank > 0)
-        self.data, self.held_out = start.open_splits(config, loud)  # what is wrong with data is never quiet
+        self.loud = make_console(stderr=True, quiet=self.rank > 0)  # for what is wrong with data
+        self.data, self.held_out = start.open_splits(config, self.loud)
 
         # The alignment is trained with the model and belongs to the saved state, but is not exported.
         model, origin = start.make_model(config, network, kind, folder)
@@ -449,14 +450,14 @@ class Run:
         """Whether something that is done every `period` steps, and at the end, is to be done now."""
         return self.step > 0 and (self.step % period == 0 or self.step == self.config.max_steps)
 
-    def validate(self, signals: list[int]) -> tuple[int, bool]:
+    def validate(self, signals: list[int], bar: Progress) -> tuple[int, bool]:
         """Score the EMA and write its weights; returns what the processes agree on afterwards.
 
         A validation that a signal interrupts is done again when the run continues.
         """
 
         def until_stopped(indices: list[int]) -> Iterator[int]:
-            for index in indices:
+            for index in tracked(bar, indices, f"validating at step {self.step}"):
                 if set(runs.STOPS) & set(signals):
                     return
                 yield index
@@ -490,7 +491,8 @@ def train(
             console = Console(quiet=True)
         run = Run(config, network, folder, device, console, kind, allow_changes, stack)
         signals = stack.enter_context(runs.caught_signals())
-        bar = stack.enter_context(Progress(console=console, disable=not console.is_terminal, expand=True))
+        stack.enter_context(records.remembered(run))
+        bar = stack.enter_context(make_bar(console))
         stop = loop(run, signals, bar)
     return 128 + stop if stop else 0
 
@@ -504,6 +506,7 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
     failures = torch.zeros((), device=run.device)  # steps in a row without a finite gradient
     often = run.device.type == "cpu" or run.world == 1  # to agree costs nothing
     saved_at = time.monotonic()
+    started = run.step
     measured_from = run.step
     began = time.perf_counter()
     stop = 0
@@ -517,7 +520,7 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
 
         # Validation.
         if run.due(config.eval_every) and run.validated < run.step and not stop:
-            stop, wants_too = run.validate(signals)
+            stop, wants_too = run.validate(signals, bar)
             wants_save = wants_save or wants_too
             measured_from = run.step
             began = time.perf_counter()
@@ -546,15 +549,14 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
 
         # The report: a line of the log, and of the terminal unless a bar moves there. Here the host waits.
         bar.update(task, completed=run.step)
+        seconds = (time.perf_counter() - began) / (run.step - measured_from)
         if run.due(config.log_every):
             facts = records.read_values(values, norm, failures)
             if facts["failures"] >= MOST_FAILURES:
                 generators = noise_generators(config, run.step - 1)  # to draw again what was drawn
                 raise RunError(records.explain_failure(run, parts, generators, facts["failures"]))
-            seconds = (time.perf_counter() - began) / (run.step - measured_from)
-            text = records.report(run, facts, rate, seconds)
-            bar.update(task, description=text)
-            if not run.console.is_terminal:
-                run.console.print(text)
+            records.tell(run, bar, records.report(run, facts, rate, seconds), seconds)
             measured_from = run.step
             began = time.perf_counter()
+        elif run.step == started + 2:  # nobody has to wait for the first report
+            records.tell(run, bar, f"{config.batch_size / seconds:.3g} images/s", seconds)

@@ -218,8 +218,7 @@ class UNetwork(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """The logits (B, channels, H, W) of images (B, 3, H, W) whose sides are multiples of 8."""
-        fine, _ = self.image_encoder(image)
-        return self.head(fine)
+        return self.head(self.image_encoder(image)[0])
 
 
 class UNet(CrossEntropy):

@@ -89,39 +89,61 @@ def cosines(size: int) -> Tensor:
 class Reference(Network):
     """The same function as `Network` with the same state; positions are not part of its features."""
 
-    def encode_image(self, image: Tensor) -> Features:
-        P = self.config.patch_size
-        fine, coarse = self.image_encoder(image)
-        tokens = self.image_to_token(coarse.flatten(2).transpose(1, 2))  # (B, L, D)
-        pixels = pixels_of(unfold(fine, P), fine.shape[1]).unflatten(0, (len(image), -1))  # (B, L, P P, C)
-        return Features(tokens, self.image_to_pixel(pixels), self.image_to_velocity(pixels))
-
-    def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
-        # The condition is the time, embedded with periods up to 10.
-        B, C, H, W = x.shape
-        P = self.config.patch_size
+    def embed(self, t: Tensor) -> Tensor:
+        """Times (B,) with periods up to 10 -> (B, D)."""
         angle = t[:, None] * torch.exp(-math.log(10) * torch.arange(128) / 128)
-        time = self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))  # (B, D)
-        condition = F.silu(time + self.null_class)
+        return self.time_mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
-        # The transformer.
-        turn = rotation(H // P, W // P, self.config.hidden_size // self.config.num_heads)
-        cells = unfold(x, P)  # (B, L, C P P)
-        tokens = self.patch_embed(cells) + features.tokens  # (B, L, D)
+    def blocks_on(self, x: Tensor, t: Tensor, added: Tensor) -> Tensor:
+        """The tokens (B, L, D) of pictures x (B, C, H, W), to whose embeddings something is added."""
+        P = self.config.patch_size
+        condition = F.silu(self.embed(t) + self.null_class)
+        heads = self.config.hidden_size // self.config.num_heads
+        turn = rotation(x.shape[2] // P, x.shape[3] // P, heads)
+        tokens = self.patch_embed(unfold(x, P)) + added
         for block in self.blocks:
             tokens = transform(block, tokens, condition, turn)
+        return tokens
+
+    def spread(self, tokens: Tensor, height: int) -> Tensor:
+        """The velocity of every token as a map (B, C, h, w)."""
+        return self.token_to_velocity(tokens).transpose(1, 2).unflatten(2, (height, -1))
+
+    def encode_image(self, image: Tensor) -> Features:
+        P = self.config.patch_size
+        levels = self.image_encoder(image)
+        tokens = self.image_to_token(levels[-1].flatten(2).transpose(1, 2))  # (B, L, D)
+        maps = []
+        for head, level in zip(self.image_to_velocity, levels[:-1], strict=True):
+            maps.append(torch.einsum("bfhw,cf->bchw", level, head.weight))
+        if self.config.tokens_of == "image":
+            tokens = self.blocks_on(image, torch.zeros(len(image)), tokens)
+            maps.append(self.spread(tokens, image.shape[2] // P))
+        velocity = maps.pop() if maps else 0
+        while maps:
+            velocity = F.interpolate(velocity, maps[-1].shape[2:], mode="bilinear") + maps.pop()
+        fine = levels[0]
+        pixels = pixels_of(unfold(fine, P), fine.shape[1]).unflatten(0, (len(image), -1))  # (B, L, P P, C)
+        return Features(tokens, self.image_to_pixel(pixels), velocity)
+
+    def forward(self, x: Tensor, t: Tensor, features: Features) -> Tensor:
+        B, C, H, W = x.shape
+        P = self.config.patch_size
+        tokens = features.tokens
+        coarse = 0
+        if self.config.tokens_of == "state":
+            tokens = self.blocks_on(x, t, tokens)
+            coarse = F.interpolate(self.spread(tokens, H // P), scale_factor=P, mode="bilinear")
 
         # The neural field.
+        time = self.embed(t)
+        cells = unfold(x, P)  # (B, L, C P P)
         s = F.silu(time[:, None] + tokens).flatten(0, 1)  # (B L, D)
         pixels = pixels_of(cells, C)  # (B L, P P, C)
         position = cosines(P).expand(len(pixels), -1, -1)  # (B L, P P, 64)
         q = self.pixel_embed(torch.cat([pixels, position], dim=-1)) + features.queries.flatten(0, 1)
         for block in self.nerf_blocks:
             q = render(block, q, s)
-        out = self.head(rms_norm(self.head_norm, q)) + features.velocity.flatten(0, 1)  # (B L, P P, C)
+        out = self.head(rms_norm(self.head_norm, q))  # (B L, P P, C)
         out = out.transpose(1, 2).reshape(B, -1, C * P * P).transpose(1, 2)  # (B, C P P, L)
-        fine = F.fold(out, (H, W), P, stride=P)
-
-        # The coarse velocity of the last tokens.
-        coarse = self.token_to_velocity(tokens).transpose(1, 2).unflatten(2, (H // P, W // P))
-        return fine + F.interpolate(coarse, scale_factor=P, mode="bilinear")
+        return F.fold(out, (H, W), P, stride=P) + features.velocity + coarse

@@ -52,22 +52,28 @@ def count_values(raw: np.ndarray) -> dict[int, int]:
 
 
 class Checker:
-    """Checks the splits of a data set one after the other, and compares the files of all of them."""
+    """Checks the splits of a data set one after the other, and compares the files of all of them.
+
+    `problems`, `doubts` (what can be read, but is perhaps not what was meant) and `notes` are lists of lines
+    by the kind of what they say; a line begins with its split.
+    """
 
     def __init__(self, track: Track = quietly):
         self.track = track
+        self.problems: defaultdict[str, list[str]] = defaultdict(list)
+        self.doubts: defaultdict[str, list[str]] = defaultdict(list)
+        self.notes: defaultdict[str, list[str]] = defaultdict(list)
         self.images: dict[bytes, tuple[str, Path]] = {}  # hash of the pixels -> split and file
         self.colours: dict[tuple, tuple[int, Path, list]] = {}  # colour of a palette -> index, mask, palette
 
-    def check(self, dataset: Dataset, limit: int | None = None) -> tuple[dict, list[str], list[str]]:
-        """Read up to `limit` evenly spaced samples, or all; return counts, problems and notes.
+    def check(self, dataset: Dataset, limit: int | None = None) -> tuple[dict, str]:
+        """Read up to `limit` evenly spaced samples, or all; return counts, and what would end training.
 
-        Counts: images, checked, pixels by train id, ignored pixels. `fatal` is what would end training.
+        Counts: images, checked, pixels by train id, ignored pixels.
         """
         # Everything is read once; an error ends its file, not the check.
-        self.problems: defaultdict[str, list[str]] = defaultdict(list)  # kind -> lines
-        self.notes: defaultdict[str, list[str]] = defaultdict(list)
-        errors: defaultdict[str, list[str]] = defaultdict(list)
+        errors = list(dataset.unpaired)
+        unread = len(errors)
         pixels: Counter[int] = Counter()  # raw value -> pixels
         indices = evenly_spaced(len(dataset), limit)
         for index in self.track(indices, f"checking {dataset.split}"):
@@ -79,41 +85,42 @@ class Checker:
                     self._look_at(dataset, index, image, set(values))
                 dataset.labels.to_train(raw, where)
             except DataError as error:
-                errors[error.kind].append(str(error))
+                errors.append(error)
 
         # A hint explains unknown values, which then need no line of their own.
-        failed = len(errors) > 0
+        fatal = [str(error) for error in errors[unread:]]
         mistakes = hints(set(pixels), dataset.labels)
         if mistakes:
-            errors.pop("unknown value", None)
-        lines = [*mistakes, *_merged(errors)]
-        self.fatal = lines[0] if failed else ""
-
+            fatal = mistakes if fatal else []
+            errors = [error for error in errors if error.kind != "unknown value"]
+            errors += [DataError(line, line) for line in mistakes]
         N = len(dataset.labels.classes)
         found = [pixels[number] for number in dataset.labels.values.tolist()]
+        if pixels and len(errors) == unread and not sum(found[:N]):
+            errors.append(DataError(NOTHING.format(dataset=dataset), "nothing labelled"))
+        for error in errors:
+            self.problems[error.kind].append(f"{dataset.split}: {error}")
         counts = {
             "images": len(dataset),
             "checked": len(indices),
             "pixels": found[:N],
             "ignored": sum(found[N:]),
         }
-        if pixels and not lines and not sum(found[:N]):
-            lines = [NOTHING.format(dataset=dataset)]
-        return counts, [*dataset.unpaired, *lines, *_merged(self.problems)], _merged(self.notes)
+        return counts, (fatal or [""])[0]
 
     def _look_at(self, dataset: FolderDataset, index: int, image: Image.Image, values: set[int]) -> None:
         """Look at one pair for what can be read, but is perhaps not what was meant."""
         path, mask_path = dataset.pairs[index]
         for remark in image.info["remarks"]:
-            self.notes["remark"].append(f"{path}: {remark}")
-        if image.info["frames"] > 1:
-            pages = f"holds {image.info['frames']} pages, of which only the first is used"
-            self.problems["pages"].append(f"{path}: {pages}; save that one alone")
+            self.notes["remark"].append(f"{dataset.split}: {path}: {remark}")
+        if image.info["several"]:
+            pages = "holds several pages, of which only the first is used"
+            self.doubts["pages"].append(f"{dataset.split}: {path}: {pages}; save that one alone")
         digest = sha256(image.tobytes()).digest()
         split, other = self.images.setdefault(digest, (dataset.split, path))
         if split != dataset.split:
             line = f"{path}: is the same image as {other} of {split}; keep it in one split"
-            self.problems["same image"].append(line)
+            self.doubts["same image"].append(f"{dataset.split}: {line}")
 
         with Image.open(mask_path, formats=FORMATS) as mask:
             # A turn by 90 degrees changes the size, which is then an error; other turns do not.
@@ -121,11 +128,14 @@ class Checker:
             unseen = turn in (2, 3, 4) or (turn > 4 and image.width == image.height)
             if unseen and mask.getexif().get(0x0112, 1) != turn:
                 fix = "see with --preview whether they fit; if not, turn the mask or remove the tag"
-                self.problems["turn"].append(f"{path}: EXIF orientation {turn} turns it, not its mask; {fix}")
+                line = f"{path}: EXIF orientation {turn} turns it, not its mask; {fix}"
+                self.doubts["turn"].append(f"{dataset.split}: {line}")
             if not dataset.labels.colours:
-                self._look_at_values(mask, mask_path, values, dataset.labels)
+                self._look_at_values(dataset, mask, mask_path, values)
 
-    def _look_at_values(self, mask: Image.Image, path: Path, stored: set[int], table: LabelTable) -> None:
+    def _look_at_values(
+        self, dataset: FolderDataset, mask: Image.Image, path: Path, stored: set[int]
+    ) -> None:
         """Find values that viewers show as other ids than they are stored as, and palettes that differ."""
         palette = []
         if mask.mode == "P":
@@ -135,9 +145,10 @@ class Checker:
         few_bits = mask.mode == "1" or (mask.tile and ";" in str(mask.tile[0].args))
         if grey or (few_bits and not palette):
             shown = set(np.unique(mask.convert("L")).tolist())
-            if shown != stored and shown <= set(table.values.tolist()):
+            if shown != stored and shown <= set(dataset.labels.values.tolist()):
                 both = f"read as {sorted(stored)}, but shown as {sorted(shown)}, which are in the table, too"
-                self.notes["shown"].append(f"{path}: {both}; masks in 8-bit grey leave no doubt")
+                line = f"{path}: {both}; masks in 8-bit grey leave no doubt"
+                self.notes["shown"].append(f"{dataset.split}: {line}")
 
         # An index means the same class everywhere only if all palettes have the same order.
         for index in () if grey or not palette else stored:
@@ -146,22 +157,25 @@ class Checker:
             if colour not in (palette[first], *its_palette[index : index + 1]):
                 name = "#{:02x}{:02x}{:02x}".format(*colour)
                 line = f"{path}: the colour {name} is {index} in its palette, but {first} in that of {other}"
-                self.problems["palettes"].append(f"{line}; write ids as colours, such as {name!r}")
+                line = f"{line}; write ids as colours, such as {name!r}"
+                self.doubts["palettes"].append(f"{dataset.split}: {line}")
                 break
 
 
-def _merged(lines: dict[str, list[str]]) -> list[str]:
-    """Return the first line of every kind, with the number of the others."""
-    merged = []
-    for first, *others in lines.values():
-        more = f" (and {len(others)} more such files)" if others else ""
-        merged.append(f"{first}{more}")
-    return merged
-
-
-def problems(dataset: Dataset, limit: int | None = None) -> tuple[dict, list[str]]:
-    """Return counts and problems of one split, of which up to `limit` samples are read, or all."""
-    return Checker().check(dataset, limit)[:2]
+def merged(found: dict[str, list[str]]) -> list[str]:
+    """Return the first line of every kind, with the number of others and the other splits that have it."""
+    lines = []
+    for first, *others in found.values():
+        split = first.partition(":")[0]
+        splits = [line.partition(":")[0] for line in others]
+        also = [name for name in dict.fromkeys(splits) if name != split]
+        more = []
+        if len(others) > len(also):
+            more.append(f"and {len(others)} more such files")
+        if also:
+            more.append(f"also in {' and '.join(also)}")
+        lines.append(f"{first} ({', '.join(more)})" if more else first)
+    return lines
 
 
 def describe(
@@ -186,30 +200,26 @@ def describe(
         "classes": classes,
         "ignore": table.ignore,
         "splits": {},
-        "problems": [],
-        "notes": [],
     }
     checker = Checker(track)
     for part in parts:
         part.max_pixels = max_pixels or MAX_PIXELS
-        counts, found, noted = checker.check(part, limit or (None if folder else SCENES))
-        facts["splits"][part.split] = counts
-        facts["problems"] += [f"{part.split}: {problem}" for problem in found]
-        facts["notes"] += [f"{part.split}: {note}" for note in noted]
-    facts["notes"] += [f"training: {line}" for line in absent_classes(table, facts["splits"]["training"])]
+        facts["splits"][part.split], _ = checker.check(part, limit or (None if folder else SCENES))
+    facts["problems"] = merged(checker.problems) + merged(checker.doubts)
+    facts["notes"] = merged(checker.notes) + absent_classes(table, facts["splits"]["training"])
     if folder:
         facts["notes"] += _left_out(parts)
     return facts
 
 
 def absent_classes(table: LabelTable, counts: dict) -> list[str]:
-    """Return a line that names the classes without a labelled pixel, if there are any."""
+    """Return a line that names the classes without a labelled pixel in training, if there are any."""
     absent = [name for name, pixels in zip(table.classes, counts["pixels"], strict=True) if not pixels]
     if not absent or not sum(counts["pixels"]):
         return []
     names = ", ".join(absent[:5]) + (", .." if len(absent) > 5 else "")
     share = f"{len(absent)} of {len(table.classes)} classes have no labelled pixel"
-    return [f"{share} in the {counts['checked']:,} images that were read: {names}"]
+    return [f"training: {share} in the {counts['checked']:,} images that were read: {names}"]
 
 
 def _left_out(parts: list[FolderDataset]) -> list[str]:
@@ -238,32 +248,31 @@ def _left_out(parts: list[FolderDataset]) -> list[str]:
 def before_training(parts: list[Dataset], say: Callable[[str], None]) -> None:
     """Read a sample of every split and `say` what is wrong; DataError for what would make a run worthless."""
     checker = Checker()
+    absent = []
     for part in parts:
-        counts, found, _ = checker.check(part, SAMPLE)
-        if checker.fatal:
-            raise DataError(f"{part.name}, {part.split}: {checker.fatal}; `flowseg info` lists every problem")
+        counts, fatal = checker.check(part, SAMPLE)
+        if fatal:
+            raise DataError(f"{part.name}, {part.split}: {fatal}; `flowseg info` lists every problem")
         labelled = sum(counts["pixels"]) > 0
         if not labelled and not any((part[index][1] != IGNORE).any() for index in range(len(part))):
             raise DataError(NOTHING.format(dataset=part))
         if part.split == "training" and counts["checked"] == counts["images"]:
-            found += absent_classes(part.labels, counts)
-        for line in found:
-            say(f"warning: {part.split}: {line}")
+            absent = absent_classes(part.labels, counts)
+    for line in merged(checker.problems) + merged(checker.doubts) + absent:
+        say(f"warning: {line}")
 
 
-def fingerprint(dataset: Dataset) -> dict:
-    """Return what a resumed run must find again: classes, ids, ignore, number and hash of its files."""
-    table = dataset.labels
-    names = []
-    for pair in dataset.pairs if isinstance(dataset, FolderDataset) else ():
-        names += [os.path.relpath(path, dataset.root).replace(os.sep, "/") for path in pair]
-    files = f"{len(dataset)} {sha256(json.dumps(names).encode()).hexdigest()[:16]}"
-    return {
-        "classes": list(table.classes),
-        "ids": list(table.ids),
-        "ignore": list(table.ignore),
-        "files": files,
-    }
+def fingerprint(parts: list[Dataset]) -> dict:
+    """Return what a resumed run looks at again: classes, ids, ignore, and the files of every split."""
+    table = parts[0].labels
+    facts = {"classes": list(table.classes), "ids": list(table.ids), "ignore": list(table.ignore)}
+    for part in parts:
+        names = []
+        for pair in part.pairs if isinstance(part, FolderDataset) else ():
+            names += [os.path.relpath(path, part.root).replace(os.sep, "/") for path in pair]
+        digest = sha256(json.dumps(names).encode()).hexdigest()[:8]
+        facts[f"{part.split} files"] = f"{len(part):,} images, list {digest}"
+    return facts
 
 
 def draw_preview(dataset: str, root: Path | None, file: Path) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowseg_tools.pretrained import public_file, stored_tensors
-from model import CheckpointError, Features, FlowSeg, ModelConfig, Network, tensor_faults
+from model import CheckpointError, FlowSeg, ModelConfig, Network, tensor_faults
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], with which the public weights were trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -169,11 +169,11 @@ class DinoNetwork(Network):
             self.vit.requires_grad_(config.finetune_encoder)
             self.image_vit_to_token = nn.Linear(config.vit_width, config.hidden_size, bias=False)
 
-    def encode_image(self, image: Tensor) -> Features:
+    def tokens_of_image(self, image: Tensor, coarse: Tensor) -> Tensor:
         """Add the features to the tokens, resampled from its patches to ours."""
-        features = super().encode_image(image)
+        tokens = super().tokens_of_image(image, coarse)
         if not self.config.vit_width:
-            return features
+            return tokens
         patch = self.config.vit_patch
         grid = [max(1, round(side / patch)) for side in image.shape[2:]]  # of its patches in about this size
         seen = self.vit(dino_input(image, [cells * patch for cells in grid]))
@@ -181,7 +181,7 @@ class DinoNetwork(Network):
 
         size = [side // self.config.patch_size for side in image.shape[2:]]
         seen = F.interpolate(seen, size=size, mode="bilinear").flatten(2).transpose(1, 2)  # (B, L, D)
-        return features._replace(tokens=features.tokens + self.image_vit_to_token(seen))
+        return tokens + self.image_vit_to_token(seen)
 
 
 class DinoFlowSeg(FlowSeg):

@@ -47,6 +47,8 @@ _font_file: Path | None = None
 def use_font(path: Path) -> None:
     """Write all text in the font of a .ttf or .otf file."""
     global _font_file
+    if not path.is_file():  # a pipe is not opened
+        raise PictureError(f"--font {path}: no regular file; expected a .ttf, .otf or .ttc file")
     try:
         ImageFont.truetype(path, 12)
     except OSError as error:

@@ -22,6 +22,9 @@ ROLES = {"train": "training", "training": "training", "val": "validation", "vali
 MASKS = 300  # masks that are read to find the values that occur
 # Pictures of these names show the same regions as masks, but not one value for each class.
 OTHERS = re.compile("object|inst|colou?r|visual|human|overlay|panoptic|edge|depth|rgb", re.IGNORECASE)
+# What folders and files of photos and of masks are called.
+OF_PHOTOS = re.compile("image|img|photo|picture|jpe?g|frame|camera|input", re.IGNORECASE)
+OF_MASKS = re.compile("mask|label|annot|ann_|gt|seg|semantic|truth|target|class", re.IGNORECASE)
 VOID = ("void", "unlabeled", "unlabelled", "ignore", "__ignore__")
 NO_MASKS = {
     ".json": "polygons (Labelme, COCO) are not masks; export masks with labelme2voc, or from CVAT",
@@ -146,6 +149,11 @@ def _looks(path: Path) -> tuple[str, int]:
     return "photo", 1 << 24
 
 
+def _misnamed(pattern: str, own: re.Pattern, other: re.Pattern) -> bool:
+    """Return whether a pattern is named like the other kind of files only."""
+    return bool(other.search(pattern)) and not own.search(pattern)
+
+
 def best_patterns(root: Path, pictures: list[str]) -> tuple[str, str]:
     """Return the patterns of images and masks with most pairs, or two empty strings."""
     # Where a folder has many others, those of a scene or city, say, its * stands for them.
@@ -171,13 +179,15 @@ def best_patterns(root: Path, pictures: list[str]) -> tuple[str, str]:
             ]
             alone = set(sets[images].values()) - set(sets[masks].values())
             stars = images.count("*")
-            rank = (-len(common), bool(OTHERS.search(masks)), len(alone), stars, len(images + masks))
+            misnamed = _misnamed(images, OF_PHOTOS, OF_MASKS) + _misnamed(masks, OF_MASKS, OF_PHOTOS)
+            other = bool(OTHERS.search(masks))
+            rank = (-len(common), other, misnamed, len(alone), stars, len(images + masks))
             if common:
                 ranked.append((rank, images, masks))
     ranked.sort()
 
-    # A mask has few values and an image many; images of few colours count if there are no others. Most of
-    # the files that are looked at must be of that kind, as some may be damaged.
+    # A mask has few values and an image many; images of few colours, but no fewer than their masks, count if
+    # there are no others. Most of the files that are looked at must be so, as some may be damaged.
     for least in (IGNORE + 2, 2):
         for _, images, masks in ranked[:100]:
             keys = sorted(sets[images].keys() & sets[masks].keys())
@@ -185,11 +195,8 @@ def best_patterns(root: Path, pictures: list[str]) -> tuple[str, str]:
             right = 0
             for key in some:
                 kind, count = _looks(root / sets[masks][key])
-                right += (
-                    kind != "photo"
-                    and 0 < count <= IGNORE + 1
-                    and _looks(root / sets[images][key])[1] >= least
-                )
+                is_mask = kind != "photo" and 0 < count <= IGNORE + 1
+                right += is_mask and _looks(root / sets[images][key])[1] >= max(least, count)
             if 2 * right > len(some):
                 return images, masks
     return "", ""

@@ -152,6 +152,7 @@ def pixnerd_config(shapes: dict[str, torch.Size]) -> ModelConfig:
     nerf_width = most_frequent(shapes, r"x_embedder|final_layer\.norm")
     return ModelConfig(
         num_classes=2,
+        tokens_of="state",
         encoding="kronecker",
         encoding_dims=3,
         patch_size=math.isqrt(most_frequent(shapes, r"s_embedder\.proj\.weight", axis=1) // 3),
@@ -192,10 +193,11 @@ def widened(source: Network, target: Network) -> dict[str, Tensor]:
     # State channels are the first columns of what reads the state, and the rows of what writes it.
     dims = source.config.encoding_dims
     more = max(0, target.config.encoding_dims - dims)
-    area = target.config.patch_size**2
     state, position = weights["pixel_embed.weight"].split([dims, POSITION_COLUMNS], dim=1)
     weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, more)), position], dim=1)
-    weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
+    if target.config.tokens_of == "state":
+        area = target.config.patch_size**2
+        weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
     weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, more))
     weights["head.bias"] = F.pad(weights["head.bias"], (0, more))
 

@@ -1,14 +1,17 @@
-"""What a training run writes and says: weights with their scores, a preview, the log, its first lines."""
+"""What a training run writes and says: weights with their scores, a preview, logs, its first lines."""
 
 import json
 import math
-from collections.abc import Iterable
-from contextlib import suppress
-from datetime import timedelta
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from data import PictureError, evenly_spaced
@@ -19,6 +22,8 @@ from flowseg_tools.state import save_state
 from model import FlowSeg, draw_random, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
+HISTORY = "history.txt"
+BEGAN = "began at step"
 NUM_PREVIEWS = 4  # validation images in preview.png
 
 
@@ -54,17 +59,6 @@ class Log:
                 self.console.print(f"warning: {self.path}: {error}; training goes on", style="yellow")
             self.failed = True
 
-    def lines(self) -> list[dict]:
-        """What was logged until now."""
-        found = []
-        with suppress(OSError):
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError, RecursionError, AttributeError):
-                    values = json.loads(line)
-                    if all(type(value) in (int, float, type(None)) for value in values.values()):
-                        found.append(values)
-        return found
-
     def rewind(self, step: int, validated: int) -> None:
         """Drop what was logged after the state that a run continues from: it will be logged again."""
         if not self.path.exists():
@@ -79,6 +73,49 @@ class Log:
             except (ValueError, TypeError, KeyError, RecursionError):
                 continue  # a line cut short by a kill, or damaged
         replace_text(self.path, "".join(kept))
+
+
+def read_log(folder: Path) -> list[dict]:
+    """What a run logged until now: step and numbers, or None for a number that was not finite."""
+    found = []
+    with suppress(OSError):
+        for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError, AttributeError):
+                values = json.loads(line)
+                known = all(type(value) in (int, float, type(None)) for value in values.values())
+                if known and type(values.get("step")) is int:
+                    found.append(values)
+    return found
+
+
+@contextmanager
+def remembered(run) -> Iterator[None]:
+    """Write into history.txt by which command a train.Run goes on, and how that ends."""
+    if run.rank > 0:
+        yield
+        return
+
+    def write(event: str) -> None:
+        with suppress(OSError), open(run.folder / HISTORY, "a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {event}\n")
+
+    write(f"{BEGAN} {run.step}: {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
+    try:
+        yield
+    except BaseException as error:
+        write(f"failed at step {run.step}: {type(error).__name__} {' '.join(str(error).split())}")
+        raise
+    finished = run.validated == run.config.max_steps
+    write(f"{'finished' if finished else 'stopped by a signal'} at step {run.step}")
+
+
+def last_event(folder: Path) -> str:
+    """How the last process in a run directory ended, as it wrote itself; nothing if it could not."""
+    lines = [""]
+    with suppress(OSError):
+        lines += (folder / HISTORY).read_text(encoding="utf-8", errors="replace").splitlines()
+    event = lines[-1][20:]  # without its time
+    return "" if event.startswith(BEGAN) else event
 
 
 def introduce(run, origin: str | Path) -> None:
@@ -97,6 +134,17 @@ def introduce(run, origin: str | Path) -> None:
         f"{run.world} x {run.device}",
     ):
         run.console.print(line)
+    if run.validated == config.max_steps:
+        more = f"--max-steps {2 * config.max_steps} goes on with it, --out DIR begins another"
+        run.console.print(f"this run is finished: {more}", style="yellow")
+
+
+def tell(run, bar: Progress, text: str, seconds: float) -> None:
+    """Say how a train.Run goes, at its bar or in a plain line; seconds: for each step."""
+    bar.update(bar.task_ids[0], description=text)
+    if not run.console.is_terminal:
+        left = timedelta(seconds=round((run.config.max_steps - run.step) * seconds))
+        run.console.print(f"step {run.step}/{run.config.max_steps}  {text}  {left} left")
 
 
 def read_values(values: dict[str, Tensor], norm: Tensor, failures: Tensor) -> dict[str, float]:
@@ -120,8 +168,7 @@ def report(run, facts: dict[str, float], lr: float, seconds: float) -> str:
     facts |= {"lr": lr, "seconds_per_step": seconds, "images_per_second": speed}
     if run.rank == 0:
         run.log.write(run.step, **facts, **peak_memory(run.device))
-    left = timedelta(seconds=round((run.config.max_steps - run.step) * seconds))
-    return f"step {run.step}/{run.config.max_steps}  {text}  {speed:.3g} images/s  {left} left"
+    return f"{text}  {speed:.3g} images/s"
 
 
 def explain_failure(run, parts: list, generators: list[torch.Generator], failures: float) -> str:
@@ -130,7 +177,7 @@ def explain_failure(run, parts: list, generators: list[torch.Generator], failure
     bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     files = [run.data.read(i)[2] for *_, indices in parts for i in indices.tolist()]
     where = f"the last at step {run.step}, first in {[*bad, 'norm'][0]}, t {t.min():.2f} to {t.max():.2f}"
-    fix = f"lower --set lr={run.config.lr:g}, or look at {', '.join(files)}"
+    fix = f"lower --lr {run.config.lr:g}, or look at {', '.join(files)}"
     return f"no finite gradient in {failures:.0f} steps in a row, {where}; {fix}"
 
 
@@ -179,7 +226,7 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
     palette = draw.palette(run.ema.centroids.cpu().numpy(), table.colors)
     try:
         draw.save(run.folder / "preview.png", draw.preview(rows, table.classes, palette, title, notes))
-        if lines := run.log.lines():
+        if lines := read_log(run.folder):
             draw.save(run.folder / "curves.png", draw.training_curves(lines))
     except PictureError as error:
         run.console.print(f"warning: {error}; training goes on", style="yellow")

@@ -1,6 +1,6 @@
 """Run directories: what they hold, how a run continues where it stopped, and the process it runs in.
 
-    config.json             what was asked for, and the labels it is about
+    config.json             what was asked for, and the labels and files it is about
     metrics.jsonl           a line for every report
     last, best.safetensors  EMA weights, which other commands read
     state.safetensors       all that the next training step depends on; previous.safetensors: the state before
@@ -21,10 +21,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data import DataError, Dataset, data_root, open_dataset
+from model import CheckpointInfo
+
 CONFIG = "config.json"
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 SAVE = getattr(signal, "SIGUSR1", None)  # save now and go on; Windows has none
 MAY_GROW = ("max_steps", "max_pixels")  # settings that a later call may raise
+PLACES = ("dataset", "root")  # settings that may change if the files there are the same
 
 
 class RunError(Exception):
@@ -34,10 +38,11 @@ class RunError(Exception):
 
 
 def check(folder: Path, config: dict[str, dict], allow_changes: bool) -> list[str]:
-    """The settings that differ from the run in `folder`, in words; none for a new run.
+    """What has changed since the run in `folder` began, in words; nothing for a new run.
 
     config: groups of settings, as they are stored in config.json. RunError: the folder holds something else,
-    or a run with other settings, unless they are allowed.
+    or a run with other settings, unless they are allowed. Files that were added or taken away, and a data set
+    that has moved, need no permission.
     """
     path = folder / CONFIG
     try:
@@ -45,25 +50,32 @@ def check(folder: Path, config: dict[str, dict], allow_changes: bool) -> list[st
             if folder.exists() and any(not file.name.startswith(".") for file in folder.iterdir()):
                 raise RunError(f"{folder} exists and is not a run directory; choose another with --out")
             return []
+        for file in folder.iterdir():
+            if file.exists() and not file.is_file() and not file.is_dir():  # a pipe would keep us waiting
+                raise RunError(f"{file} is no regular file; remove it, or choose another folder with --out")
         stored = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(stored, dict) or stored.keys() != config.keys():
             raise RunError(f"{folder} holds a run of another version of flowseg; choose another with --out")
         changes = []
-        refused = []
+        refused = False
+
+        # Other files are only said; so is another place of the same files.
+        said = [name for name in config["labels"] if name.endswith(" files")]
+        if all(stored["labels"].get(name, value) == value for name, value in config["labels"].items()):
+            said += PLACES
         for group, settings in config.items():
             for name, value in settings.items():
                 before = stored[group].get(name)
-                if before == value:
+                if before == value or (name in MAY_GROW and value > before):
                     continue
                 changes.append(f"{name} was {before!r}, now {value!r}")
-                if name not in MAY_GROW or value < before:
-                    refused.append(changes[-1])
+                refused |= name not in said
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise RunError(f"{path} cannot be used ({reason}); choose another folder with --out") from error
     if refused and not allow_changes:
         fix = "repeat its options, use --out, or --allow-changes"
-        raise RunError(f"{folder} holds another run ({'; '.join(refused)}): {fix}")
+        raise RunError(f"{folder} holds another run ({'; '.join(changes)}): {fix}")
     return changes
 
 
@@ -123,6 +135,22 @@ def newest_checkpoint(where: Path | None = None, command: str = "flowseg train")
     return best if best.exists() else newest
 
 
+def open_dataset_of(info: CheckpointInfo, dataset: str | None, split: str, root: Path | None) -> Dataset:
+    """The data set that weights were trained on, in its place of then or below the data root of today.
+
+    dataset: another one, by name or folder, or None. DataError: it is not there.
+    """
+    if dataset not in (None, info.dataset):
+        return open_dataset(dataset, split, root)
+    place = Path(info.root, info.dataset)  # it is absolute, unless the data set is built in
+    if place.is_absolute() and not root:
+        root = Path(info.root) if place.is_dir() and info.root else None
+        if not place.is_dir() and not (data_root() / info.dataset).is_dir():
+            fix = "pass its place of today with --dataset DIR"
+            raise DataError(f"{place}, the data set of these weights, is not there any more; {fix}")
+    return open_dataset(info.dataset, split, root)
+
+
 def environment() -> dict[str, str]:
     """Versions and commit that weights were made with."""
     repository = Path(__file__).parents[1] / ".git"  # not one around an installed wheel
@@ -131,6 +159,14 @@ def environment() -> dict[str, str]:
         command = ["git", f"--git-dir={repository}", "rev-parse", "--short=12", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     return {"python": sys.version.split()[0], "torch": str(torch.__version__), "commit": commit or "unknown"}
+
+
+def from_torchrun(name: str, default: int) -> int:
+    """The number that torchrun puts into a variable of the environment. RunError: it is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < default:
+        raise RunError(f"${name} is {text!r}; expected a number from torchrun: unset {name} without it")
+    return int(text)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -147,8 +183,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind != "cuda":
         return torch.device(kind)
     if not index:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return torch.device("cuda", from_torchrun("LOCAL_RANK", 0))
+    if from_torchrun("WORLD_SIZE", 1) > 1:
         raise RunError(f"--device {name} is one GPU for all processes of torchrun; pass --device cuda")
     if int(index) >= torch.cuda.device_count():
         raise RunError(f"--device {name}: expected a GPU from 0 to {torch.cuda.device_count() - 1}")
@@ -203,9 +239,14 @@ def summed(values: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun has started; without torchrun do nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "RANK" not in os.environ:
+    if from_torchrun("WORLD_SIZE", 1) == 1 or "RANK" not in os.environ:
         yield
         return
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise RunError(
+            "$WORLD_SIZE and $RANK are set, $MASTER_ADDR is not; start with torchrun, or unset them"
+        )
+    from_torchrun("RANK", 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)

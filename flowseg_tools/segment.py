@@ -218,8 +218,9 @@ def signature(photo: Path | bytes) -> str:
 def _header(file: Photo) -> tuple[int, str, dict]:
     """Pixels, mode and texts of a picture whose pixels are not decoded; zero pixels if it is none."""
     Image.MAX_IMAGE_PIXELS = None  # `read_photo` has a limit of its own
-    with suppress(Exception), Image.open(file, formats=FORMATS) as image:
-        return image.width * image.height, image.mode, image.info
+    if os.path.isfile(file):  # a pipe is not opened
+        with suppress(Exception), Image.open(file, formats=FORMATS) as image:
+            return image.width * image.height, image.mode, image.info
     return 0, "", {}
 
 
@@ -319,7 +320,7 @@ def report(file: Path, records: list[dict]) -> None:
 def _records(file: Path) -> list[dict] | None:
     """The records of an earlier report, or None if the file is none."""
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text()) if file.is_file() else [{}]
         if all(isinstance(record["photo"], str) for record in found):
             return found
     return None
@@ -353,8 +354,8 @@ def segment_one(
         else:
             _write_picture(kind, file, photo, found, colors, clear)
     remarks = list(photo.info["remarks"])
-    if photo.info["frames"] > 1:
-        remarks.append(f"the first of {photo.info['frames']} frames")
+    if photo.info["several"]:
+        remarks.append("the first of several frames")
     note = f"{path}: {'; '.join(remarks)}" if remarks else ""
     return {"note": note, "classes": found.classes}
 
@@ -413,7 +414,7 @@ def write_labelmap(folder: Path, model: FlowSeg, raw_ids: bool, force: bool) -> 
         lines.append(f"{name}:{','.join(map(str, color))}::")
     file = folder / "labelmap.txt"
     text = "\n".join(lines) + "\n"
-    if file.exists() and not force and file.read_text(encoding="utf-8", errors="replace") != text:
+    if file.is_file() and not force and file.read_text(encoding="utf-8", errors="replace") != text:
         raise RunError(f"{file} exists with other labels; choose another -o, or --force")
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(file, text)

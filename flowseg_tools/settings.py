@@ -1,14 +1,16 @@
 """Settings of a run: presets, recipes, and NAME=VALUE on the command line."""
 
+import json
 import os
 import tomllib
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
-from data import nearest, open_dataset
+from data import BUILT_IN, locate, nearest, open_dataset
 from flowseg_tools.dinov2 import encoder_config
-from flowseg_tools.runs import RunError
+from flowseg_tools.options import written_fields
+from flowseg_tools.runs import CONFIG, RunError, from_torchrun
 from model import ModelConfig
 
 TABLES_DIR = Path(__file__).parent / "tables"
@@ -25,6 +27,7 @@ def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
         chosen |= encoder_config(chosen["encoder"])
     try:
         config = kind(**{name: chosen[name] for name in chosen if hasattr(kind, name)})
+        config = with_absolute_paths(config)
         data = open_dataset(config.dataset, "training", config.root, strict=False)  # for its label table
         network = {name: chosen[name] for name in chosen if hasattr(ModelConfig, name)}
         model_config = ModelConfig(num_classes=len(data.labels.classes), **network)
@@ -34,18 +37,56 @@ def resolve_as(kind: type, given: dict, settings: Iterable[str]) -> tuple:
     patch_size = model_config.patch_size
     if config.crop_size % patch_size:
         raise RunError(f"crop_size is {config.crop_size}; expected a multiple of the patch size {patch_size}")
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * config.grad_accum_steps
+    parts = from_torchrun("WORLD_SIZE", 1) * config.grad_accum_steps
     if config.batch_size % parts:
         expected = f"a multiple of {parts}, processes x grad_accum_steps"
         raise RunError(f"batch_size is {config.batch_size}; expected {expected}")
     return config, model_config
 
 
+def with_absolute_paths(config):
+    """A train.TrainConfig whose files are found from every folder, so that a run and its weights are, too."""
+    dataset, root = locate(config.dataset, config.root)
+    paths = {"root": root, "init": config.init, "encoder": config.encoder, "teacher": config.teacher}
+    if not root and dataset not in BUILT_IN:
+        paths["dataset"] = dataset
+    return replace(config, **{name: os.path.abspath(path) if path else "" for name, path in paths.items()})
+
+
+def given_fields(parameters: dict, config_file: Path | None) -> dict:
+    """The fields that parameters of the train command set, which have their names; None is not given."""
+    given = {}
+    for name, value in parameters.items():
+        if name == "compile" and value is not None:
+            value = str(value).lower()  # --no-compile is a choice, too
+        if name in written_fields() and value is not None and value is not False:
+            given[name] = str(value) if isinstance(value, Path) else value
+    return read_config(config_file, given) if config_file else given
+
+
+def read_config(file: Path, given: dict) -> dict:
+    """The options `given` and, for all fields that they leave out, the settings in a run's config.json.
+
+    file: that file, or the run directory. RunError: it is none, or an option would change many of its fields.
+    """
+    path = file / CONFIG if file.is_dir() else file
+    for name in ("preset", "recipe"):
+        if name in given:
+            raise RunError(f"--config {file} has a {name} already; leave out --{name} or --config")
+    try:
+        groups = json.loads(path.read_text(encoding="utf-8"))
+        stored = groups["train"] | groups["model"]
+        del stored["num_classes"]  # the data set decides
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"--config {file}: {error!r}; expected the config.json of a run") from error
+    return stored | given
+
+
 def command_for(init: str) -> str:
     """The command that makes the weights that --init or a recipe starts from."""
-    for name in RECIPES:
-        if init == f"runs/{name}":
-            return f"flowseg train --recipe {name}"
+    folder = Path(init)
+    if folder.parent.name == "runs" and folder.name in RECIPES:
+        return f"flowseg train --recipe {folder.name}"
     return "flowseg train"
 
 
@@ -55,6 +96,9 @@ def merge(given: dict, settings: Iterable[str], kinds: dict[str, type], preset: 
     given: options by the names of their fields. kinds: the type of every field. preset: the one that counts
     where none is named. RunError names what is unknown.
     """
+    for name, value in given.items():
+        if name in kinds and type(value) is not kinds[name] and (type(value), kinds[name]) != (int, float):
+            raise RunError(f"{name} is {value!r}; expected a {kinds[name].__name__}")
     chosen = dict(given)
     for setting in settings:
         name, value = parse_setting(setting, kinds)

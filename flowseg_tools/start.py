@@ -12,7 +12,7 @@ from rich.console import Console
 
 from data import Dataset, open_dataset
 from flowseg_tools import records, runs
-from flowseg_tools.check import before_training
+from flowseg_tools.check import before_training, fingerprint
 from flowseg_tools.dinov2 import Alignment, DinoFlowSeg, load_encoder
 from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError
@@ -60,12 +60,12 @@ def enter_folder(run, allow_changes: bool, stack: ExitStack) -> tuple[int, int, 
 
     Returns step, step last validated and best mIoU. What is refused leaves no folder behind.
     """
-    table = run.data.labels
-    labels = {"classes": list(table.classes), "ids": list(table.ids), "ignore": list(table.ignore)}
+    labels = fingerprint([run.data, run.held_out])
     settings = {"train": asdict(run.config), "model": asdict(run.model.config), "labels": labels}
     at = (0, 0, -1.0)
     if run.rank == 0:
-        runs.check(run.folder, settings, allow_changes)
+        for change in runs.check(run.folder, settings, allow_changes):
+            run.loud.print(f"warning: {run.folder}: {change}", style="yellow")
         stack.enter_context(runs.locked(run.folder))
         at = load_state(run.folder, run.modules, run.optimizers, run.console)
     at = share_state(run.modules, run.optimizers, at)

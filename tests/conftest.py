@@ -1,9 +1,38 @@
-"""No test may reach the network, and signals reach the tests also where they run in the background."""
+"""What several tests use; none may reach the network, and signals reach them also in the background."""
 
 import signal
 import socket
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from model import FlowSeg, ModelConfig
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def corners(size: tuple[int, int] = (48, 32)) -> Image.Image:
+    """Four flat quarters, all different, so that each of the eight orientations looks different."""
+    image = Image.new("RGB", size, WHITE)
+    width, height = size[0] // 2, size[1] // 2
+    for color, place in ((RED, (0, 0)), (GREEN, (width, 0)), (BLUE, (0, height))):
+        image.paste(color, (*place, place[0] + width, place[1] + height))
+    return image
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def untrained(config: ModelConfig) -> FlowSeg:
+    """A model with the same random weights each time; zeros would give every photo the same mask."""
+    torch.manual_seed(0)
+    model = FlowSeg(config).eval()
+    for value in model.parameters():
+        torch.nn.init.normal_(value.data, std=0.2)
+    return model
 
 
 def pytest_configure(config):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import DataError, FolderDataset, ShapesDataset, open_dataset
+from data import SPLITS, DataError, FolderDataset, ShapesDataset, open_dataset
 from flowseg_tools.check import (
     before_training,
     count_values,
@@ -15,9 +15,8 @@ from flowseg_tools.check import (
     draw_preview,
     fingerprint,
     hints,
-    problems,
 )
-from tests.test_data import CLASSES, make_folder, mask_of, write
+from tests.test_data import CLASSES, make_folder, mask_of, problems, write
 
 
 def report(root: Path) -> list[str]:
@@ -114,6 +113,30 @@ def test_one_kind_of_problem_is_one_line_whatever_its_message_says(tmp_path):
     assert len(lines) == 1 and "a0.png: raw value 77" in lines[0] and "1 more" in lines[0]
 
 
+def test_one_cause_is_one_line_for_all_splits(tmp_path):
+    """With the number of files, and the other splits that have it."""
+    toml = CLASSES + "ignore = [255]\nsplits = ['training', 'validation', 'test']"
+    root = make_folder(tmp_path, [mask_of(0, 77)] * 3, toml)
+    make_folder(tmp_path, [mask_of(0, 78)] * 2, toml, "validation")
+    make_folder(tmp_path, [mask_of(0, 1, 255)] * 2, toml, "test")
+    for split in ("training", "test"):
+        (root / f"annotations/{split}/a0.png").unlink()
+        second = Image.new("RGB", (16, 12), split.replace("training", "red").replace("test", "blue"))
+        (root / f"images/{split}/a1.jpg").unlink()
+        Image.new("RGB", (16, 12), "red").save(
+            root / f"images/{split}/a1.tif", save_all=True, append_images=[second]
+        )
+    lines = describe(str(root))["problems"]
+    assert len(lines) == 4, lines
+    for words, end in (
+        ("no mask fits", " (also in test)"),
+        ("raw value 77", " (and 3 more such files, also in validation)"),
+        ("several pages", " (also in test)"),
+        ("is the same image as", "one split"),
+    ):
+        assert [line.endswith(end) for line in lines if words in line] == [True], (words, lines)
+
+
 # ---- what can be read, but is perhaps not what was meant ----
 
 
@@ -189,7 +212,9 @@ def test_pages_and_scaled_values_of_images_are_said(tmp_path):
     Image.fromarray(decibels).save(root / "images/training/a1.tif")
     facts = describe(str(root))
     assert (
-        len(facts["problems"]) == 1 and "a0.tif" in facts["problems"][0] and "2 pages" in facts["problems"][0]
+        len(facts["problems"]) == 1
+        and "a0.tif" in facts["problems"][0]
+        and "several pages" in facts["problems"][0]
     )
     assert any("a1.tif" in note and "-30..-5" in note for note in facts["notes"])
 
@@ -250,18 +275,19 @@ def test_nothing_is_said_of_the_built_in_scenes():
 
 
 def test_a_fingerprint_changes_with_labels_and_files_but_not_with_the_place(tmp_path):
+    def of(name: str) -> dict:
+        return fingerprint([open_dataset(str(tmp_path / name), split) for split in SPLITS[:2]])
+
     for name in ("one", "two"):
         split_folder(tmp_path / name, [mask_of(0, 1, 2)] * 3, [mask_of(0, 1, 2)])
-    first, second = (fingerprint(open_dataset(str(tmp_path / name), "training")) for name in ("one", "two"))
-    assert first == second and first["classes"] == ["sky", "road", "car"] and first["files"].startswith("3 ")
+    first = of("one")
+    assert of("two") == first and first["training files"].startswith("3 images")
     json.dumps(first)
     (tmp_path / "two/images/training/a1.jpg").rename(tmp_path / "two/images/training/b1.jpg")
     (tmp_path / "two/annotations/training/a1.png").rename(tmp_path / "two/annotations/training/b1.png")
-    changed = fingerprint(open_dataset(str(tmp_path / "two"), "training"))
-    assert changed["files"] != first["files"] and changed["classes"] == first["classes"]
+    assert {name for name, value in of("two").items() if value != first[name]} == {"training files"}
     (tmp_path / "one/dataset.toml").write_text("classes = ['road', 'sky', 'car']")
-    assert fingerprint(open_dataset(str(tmp_path / "one"), "training"))["classes"] != first["classes"]
-    assert fingerprint(open_dataset("shapes", "test"))["files"].startswith("200 ")
+    assert {name for name, value in of("one").items() if value != first[name]} == {"classes"}
 
 
 def test_colours_that_are_stray_are_one_hint(tmp_path):

@@ -4,6 +4,8 @@ import io
 import json
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,7 +13,7 @@ import sys
 import time
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +24,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flowseg import app, main
-from flowseg_tools.settings import RECIPES, TABLES_DIR
+from flowseg_tools import options
+from flowseg_tools.runs import RunError
+from flowseg_tools.settings import RECIPES, TABLES_DIR, given_fields
 from model import FlowSeg, ModelConfig
-from train import TrainConfig
+from train import TrainConfig, resolve
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ("hidden_size=16", "depth=1", "num_heads=2", "nerf_width=8", "conv_width=8", "steps=2")
@@ -130,21 +134,76 @@ def options_of(name):
     return texts
 
 
-def test_every_option_has_a_help_text():
-    for name in typer.main.get_command(app).commands:
+COMMANDS = typer.main.get_command(app).commands
+
+
+def parse(line):
+    """What a command line means; UsageError if it means nothing. Nothing is run."""
+    name, *arguments = shlex.split(line)[1:]
+    return COMMANDS[name].make_context(name, arguments).params
+
+
+def test_every_option_has_a_help_text_and_stands_in_the_readme_or_the_docs():
+    prose = "".join(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    for name, command in COMMANDS.items():
         for option, text in options_of(name).items():
             assert text, f"{name} {option}"
+        for parameter in command.params:
+            assert parameter.param_type_name == "argument" or parameter.opts[0] in prose, parameter.opts
 
 
-def test_the_help_shows_the_defaults_of_the_configuration():
-    """The help has to be instant, so it does not import them; they are written there again."""
-    defaults = {field.name: field.default for field in (*fields(TrainConfig), *fields(ModelConfig))}
-    checked = []
-    for name, text in options_of("train").items():
-        if name in defaults and str(defaults[name]) not in ("", "False", "auto"):
-            assert f"default: {defaults[name]}" in text, name
-            checked.append(name)
-    assert {"max_steps", "batch_size", "crop_size", "seed", "save_every", "preset", "dataset"} <= set(checked)
+def test_the_fields_that_the_help_reads_are_those_of_the_configurations():
+    fields_of = {field.name: field.default for field in (*fields(TrainConfig), *fields(ModelConfig))}
+    del fields_of["num_classes"]  # the data set decides
+    written = options.written_fields()
+    assert written.keys() == fields_of.keys()
+    for name, (text, _) in written.items():
+        kind = type(fields_of[name])
+        assert text == str(fields_of[name]) if kind in (str, bool) else kind(text) == fields_of[name], name
+
+
+def test_the_help_shows_the_defaults_of_the_configurations():
+    checked = set()
+    for option, text in options_of("train").items():
+        default = options.written_fields().get(option, ("",))[0]
+        if default not in ("", "False", "auto"):
+            assert f"default: {default.replace('_', '')}" in text, option
+            checked.add(option)
+    assert {"max_steps", "batch_size", "lr", "grad_accum_steps", "encoding_dims", "eps", "dataset"} <= checked
+
+
+def test_set_help_lists_every_field_with_its_default(tmp_path):
+    shown = flowseg("train", "--set", "help", cwd=tmp_path).stdout
+    for name, (default, comment) in options.written_fields().items():
+        assert f"{name}={default} " in shown.replace("\n", " \n") and comment in shown
+
+
+def examples():
+    """Every command line of ours in the help, the README and the docs."""
+    lines = [line for command in options.EXAMPLES.values() for line in command]
+    for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for block in path.read_text().split("```")[1::2]:
+            for line in block.replace("\\\n", " ").splitlines():
+                parts = [part.strip() for part in line.partition("  #")[0].split("&&")]
+                for part in parts:
+                    begin = re.search(r"(?:^|-m |\| |=8 )(flowseg [a-z].*)", part)
+                    lines += [begin[1]] if begin else []
+    return sorted(set(lines))
+
+
+@pytest.mark.parametrize("line", examples())
+def test_every_example_is_understood(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parse(line)
+
+
+def test_every_command_has_two_examples_in_its_help():
+    assert options.EXAMPLES.keys() == COMMANDS.keys()
+    for name, lines in options.EXAMPLES.items():
+        assert len(lines) == 2 and all(
+            parse(line) is not None and f"flowseg {name}" in line for line in lines
+        )
+        assert all(line in COMMANDS[name].epilog for line in lines)
 
 
 def test_the_help_names_every_recipe_and_download_every_name(tmp_path):
@@ -152,6 +211,62 @@ def test_the_help_names_every_recipe_and_download_every_name(tmp_path):
     assert all(name in options_of("train")["recipe"] for name in RECIPES)
     table = flowseg("download", cwd=tmp_path).stdout
     assert all(name in table for name in downloads)
+
+
+# ---------------------------------------------------------------- settings of train
+
+
+def resolved(line):
+    """The configurations that a train command asks for."""
+    parameters = parse(line)
+    settings = parameters.get("settings") or []
+    return resolve(given_fields(parameters, parameters["config_file"]), settings)
+
+
+def test_options_set_the_fields_that_they_name():
+    line = (
+        "flowseg train --lr 1e-3 --accumulate 2 --eval-every 7 --warmup-steps 0 --optimizer adamw --workers 0"
+    )
+    line += " --activation-checkpointing --objective vanilla --encoding kronecker --dims 3 --tau 1 --eps 0.5"
+    config, network = resolved(line)
+    assert (config.lr, config.grad_accum_steps, config.eval_every, config.warmup_steps) == (1e-3, 2, 7, 0)
+    assert (config.optimizer, config.activation_checkpointing, config.num_workers) == ("adamw", True, 0)
+    assert (network.objective, network.encoding, network.encoding_dims) == ("vanilla", "kronecker", 3)
+    assert (network.tau, network.eps) == (1, 0.5)
+
+
+def test_a_zero_is_a_value_and_wins_over_a_recipe():
+    assert resolved("flowseg train --recipe ade20k-256")[0].num_workers == 4
+    assert resolved("flowseg train --recipe ade20k-256 --workers 0")[0].num_workers == 0
+
+
+def test_the_settings_of_a_run_are_taken_from_its_config_and_options_win(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = resolved("flowseg train --preset small --lr 1e-3 --seed 5 --set depth=2")
+    config = {"train": asdict(before[0]), "model": asdict(before[1]), "labels": {}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert resolved("flowseg train --config run/config.json") == before
+    after = resolved("flowseg train --config run --seed 6 --set depth=1")
+    assert after == (replace(before[0], seed=6), replace(before[1], depth=1))
+    for line, word in (
+        ("--config run --preset tiny", "leave out --preset"),
+        ("--config none.json", "none.json"),
+        ("--config runs", "runs"),
+    ):
+        with pytest.raises(RunError, match=word):
+            resolved(f"flowseg train {line}")
+
+
+@pytest.mark.parametrize("text", [
+    "", "[]", "{}", '{"train": 1, "model": 2}', '{"train": {}, "model": {}}',
+    '{"train": {"lr": "fast"}, "model": {"num_classes": 2}}',
+    '{"train": {"dataset": 7}, "model": {"num_classes": 2}}',
+    '{"train": {"unknown": 7}, "model": {"num_classes": 2}}',
+])  # fmt: skip
+def test_a_config_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "c.json").write_text(text)
+    fails(flowseg("train", "--config", "c.json", "--dry-run", cwd=tmp_path), 2)
 
 
 # ---------------------------------------------------------------- commands
@@ -171,6 +286,7 @@ def test_train_again_does_nothing_and_says_the_same(trained):
     again = flowseg("train", "--dataset", "halves", "--max-steps", 2, *QUICK, cwd=cwd)
     assert again.returncode == 0
     assert again.stdout == result.stdout
+    assert "finished" in again.stderr and "--max-steps 4" in again.stderr
 
 
 def test_quiet_leaves_stderr_empty(tmp_path):
@@ -184,7 +300,7 @@ def test_eval_takes_the_newest_run_and_writes_a_report(trained):
     cwd, _ = trained
     result = flowseg("eval", "--split", "test", "--steps", 3, "--report", "scores.json", cwd=cwd)
     assert result.returncode == 0, result.stderr
-    assert "runs/halves-tiny/best.safetensors" in result.stderr
+    assert "runs/halves-tiny/best.safetensors (halves, step 2, validation mIoU" in result.stderr
     scores = json.loads((cwd / "scores.json").read_text())
     assert [row["name"] for row in scores["classes"]] == ["left", "right"]
     assert [row["pixels"] for row in scores["classes"]] == [3 * 12 * 19, 3 * 12 * 19]
@@ -282,7 +398,20 @@ def test_segment_a_folder_keeps_names_and_goes_on_after_a_bad_file(trained):
 def test_info_on_machine_data_and_checkpoint(trained):
     cwd, _ = trained
     machine = json.loads(flowseg("info", "--json", cwd=cwd).stdout)
-    assert {"python", "torch", "commit", "device", "data root"} == machine.keys()
+    assert {
+        "python",
+        "torch",
+        "commit",
+        "device",
+        "threads",
+        "gpus",
+        "data root",
+        "data sets",
+    } <= machine.keys()
+    assert machine["newest run"] == "runs/halves-tiny"
+    run = json.loads(flowseg("info", "runs/halves-tiny", "--json", cwd=cwd).stdout)
+    assert (run["step"], run["max_steps"], run["state"], run["best_step"]) == (2, 2, "finished", 2)
+    assert "--max-steps 4" in run["continue"]
     data = flowseg("info", "halves", "--json", cwd=cwd)
     facts = json.loads(data.stdout)
     assert data.returncode == 0
@@ -314,7 +443,7 @@ def test_info_prints_the_table_of_a_named_data_set_that_is_not_there(tmp_path):
     facts = json.loads(flowseg("info", "coco-stuff", "--json", cwd=tmp_path).stdout)
     assert facts["classes"][170] == {"id": 170, "raw": 181, "name": "wood"}
     assert list(facts["splits"]) == ["training", "validation"]
-    assert len(facts["problems"]) == 2
+    assert len(facts["problems"]) == 1 and "also in validation" in facts["problems"][0]
 
 
 def test_info_on_weights_without_classes(tmp_path):
@@ -338,7 +467,7 @@ def test_segment_prints_its_records_as_json(trained):
 def test_train_takes_the_short_names_of_before(tmp_path):
     result = flowseg("train", "--dry-run", "--size", 64, "--batch", 4, "--workers", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    facts = [line.strip() for line in result.stdout.splitlines()]
+    facts = result.stdout.splitlines()
     assert {"crop_size: 64", "batch_size: 4", "num_workers: 2"} <= set(facts)
 
 
@@ -493,6 +622,20 @@ def test_modules_of_the_user_are_not_taken_for_ours(impostors, launch):
     (["train", "--device", "gpu"], 2, ["--device gpu", "cpu"]),
     (["train", "--datset", "shapes"], 2, ["--datset", "--dataset"]),
     (["trian"], 2, ["trian", "train"]),
+    (["predict", "a.jpg"], 2, ["predict", "segment"]),
+    (["val"], 2, ["val", "here it is eval"]),
+    (["test"], 2, ["test", "here it is eval"]),
+    (["help"], 2, ["help", "--help"]),
+    (["train", "--epochs", "5"], 2, ["--epochs", "--max-steps"]),
+    (["train", "my-data"], 2, ["--dataset my-data"]),
+    (["train", "--epochs=5"], 2, ["--epochs", "--max-steps"]),
+    (["train", "--learning_rate", "5"], 2, ["--learning_rate", "here it is --lr"]),
+    (["train", "--weights", "w"], 2, ["--weights", "--init"]),
+    (["eval", "--weights", "w"], 2, ["--weights", "--checkpoint"]),
+    (["segment", "a.jpg", "--output", "b"], 2, ["--output", "--out"]),
+    (["train", "--lr", "-1"], 2, ["lr is -1", "expected"]),
+    (["export", "-o", "a.onx"], 2, ["a.onx", ".pt2"]),
+    (["export", "--size", "a"], 2, ["no weights"]),
     (["train", "--set", "epss=1"], 2, ["epss", "did you mean 'eps'"]),
     (["train", "--stage", "2"], 2, ["--stage"]),
     (["eval"], 2, ["no weights", "flowseg train"]),

@@ -20,6 +20,7 @@ from data import (
     SPLITS,
     TABLES,
     DataError,
+    Dataset,
     FolderDataset,
     LabelTable,
     ShapesDataset,
@@ -28,10 +29,17 @@ from data import (
     distort,
     open_dataset,
 )
-from flowseg_tools.check import problems
+from flowseg_tools.check import Checker, merged
 
 ROOT = Path(__file__).parent.parent
 CLASSES = "classes = ['sky', 'road', 'car']\n"
+
+
+def problems(dataset: Dataset, limit: int | None = None) -> tuple[dict, list[str]]:
+    """Counts and problems of one split."""
+    checker = Checker()
+    counts, _ = checker.check(dataset, limit)
+    return counts, merged(checker.problems) + merged(checker.doubts)
 
 
 def write(path: Path, values: np.ndarray, mode: str | None = None) -> None:
@@ -474,12 +482,25 @@ def test_open_dataset_finds_names_paths_and_the_nearest_match(tmp_path, monkeypa
         (CLASSES + "validation = 1", ["validation is 1", "float"]),
         (CLASSES + "validation = 1.0", ["validation is 1.0", "0.2"]),
         (CLASSES + "validation = nan", ["validation is nan", "0.2"]),
+        (CLASSES + "splits = ['.', 'b']", ["splits is ['.', 'b']", "none inside another"]),
+        (CLASSES + "splits = ['', 'b']", ["none inside another"]),
+        (CLASSES + "splits = ['a', 'a/b']", ["none inside another"]),
+        (CLASSES + "splits = ['a', './a/']", ["none inside another"]),
+        (CLASSES + "splits = ['a', '../x']", ["none inside another"]),
         (CLASSES + "validation = 0.2\nsplits = ['a', 'b', 'c']", ["splits is ['a', 'b', 'c']"]),
     ],
 )
 def test_errors_of_dataset_toml(tmp_path, toml, expected):
     message = error_of(FolderDataset, make_folder(tmp_path, [mask_of(0)], toml), "training")
     assert message.startswith(str(tmp_path / "dataset.toml")) and all(word in message for word in expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_a_pipe_is_no_dataset_toml(tmp_path):
+    os.mkfifo(make_folder(tmp_path, [mask_of(0)], "") / "pipe")
+    (tmp_path / "pipe").replace(tmp_path / "dataset.toml")
+    with pytest.raises(DataError, match=r"has no dataset\.toml; flowseg init"):
+        FolderDataset(tmp_path, "training")
 
 
 def test_a_byte_order_mark_is_no_statement_and_utf_16_is_named(tmp_path):
@@ -535,7 +556,7 @@ def test_a_named_data_set_is_read_in_its_official_layout(tmp_path):
     assert message == "ade20k has no test split; expected training or validation"
     (root / "ade20k/annotations/validation/a1.png").unlink()
     assert "a1.jpg" in error_of(open_dataset, "ade20k", "validation", root)
-    assert "a1.jpg" in open_dataset("ade20k", "validation", root, strict=False).unpaired[0]
+    assert "a1.jpg" in open_dataset("ade20k", "validation", root, strict=False).unpaired[0].args[0]
 
 
 def test_a_dataset_toml_of_its_own_wins_over_the_shipped_table(tmp_path):

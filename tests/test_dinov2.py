@@ -256,12 +256,14 @@ def named(model, alignment):
     return dict(both.named_parameters())
 
 
-def test_alignment_is_one_minus_the_cosine_of_the_tokens_of_a_block(tmp_path):
-    model, alignment, image, labels = aligned(stored(tmp_path, width=24, grid=3))
+@pytest.mark.parametrize(("tokens_of", "passes"), [("image", [2]), ("state", [2, 2])])
+def test_alignment_is_one_minus_the_cosine_of_the_tokens_of_a_block(tmp_path, tokens_of, passes):
+    path = stored(tmp_path, width=24, grid=3)
+    model, alignment, image, labels = aligned(path, tokens_of=tokens_of)
     seen = []
     model.network.blocks[1].register_forward_hook(lambda block, inputs, tokens: seen.append(tokens))
     model.loss(image, labels)
-    assert [len(tokens) for tokens in seen] == [2, 2]  # t = 0, which is aligned, then the second state
+    assert [len(tokens) for tokens in seen] == passes  # t = 0, which is aligned, then the second state
     projected = seen[0]
     for layer in alignment.projector:
         projected = projected * projected.sigmoid() if isinstance(layer, torch.nn.SiLU) else layer(projected)
@@ -336,9 +338,9 @@ def encoded(path, **changes):
 
 def added(network, image):
     """What the encoder adds to the tokens (B, L, D)."""
-    with_it = network.encode_image(image).tokens
+    coarse = network.image_encoder(image)[-1]
     plain_network = super(DinoNetwork, network)
-    return with_it - plain_network.encode_image(image).tokens
+    return network.tokens_of_image(image, coarse) - plain_network.tokens_of_image(image, coarse)
 
 
 @pytest.mark.parametrize("case", ["0", "1"])
@@ -424,10 +426,11 @@ def test_without_an_encoder_it_is_flowseg(tmp_path):
 
 def test_pixnerd_with_an_encoder_starts_as_pixnerd(tmp_path):
     sizes = {"hidden_size": 32, "patch_size": 4, "nerf_depth": 2, "nerf_mlp_ratio": 2, "nerf_width": 8}
-    model = encoded(stored(tmp_path), **sizes)
+    model = encoded(stored(tmp_path), tokens_of="state", **sizes)
     before = weights_hash(model.network.vit)
     source = import_pixnerd(GOLDEN / "pixnerd_tiny.ckpt")
-    x, t, image = torch.randn(1, 19, 16, 16), torch.rand(1), torch.rand(1, 3, 16, 16)
+    x = torch.randn(1, model.config.encoding_dims, 16, 16)
+    t, image = torch.rand(1), torch.rand(1, 3, 16, 16)
     start_from(model, GOLDEN / "pixnerd_tiny.ckpt")
     with torch.no_grad():
         v, expected = model.velocity(x, t, image)[:, :3], source.velocity(x[:, :3], t, image)
@@ -435,7 +438,7 @@ def test_pixnerd_with_an_encoder_starts_as_pixnerd(tmp_path):
     assert weights_hash(model.network.vit) == before
 
     model.save(tmp_path / "x.safetensors")  # and one of ours continues as it is
-    other = encoded(stored(tmp_path, seed=1), **sizes)
+    other = encoded(stored(tmp_path, seed=1), tokens_of="state", **sizes)
     start_from(other, tmp_path / "x.safetensors")
     assert weights_hash(other) == weights_hash(model)
 
@@ -572,7 +575,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path):
         gradients.append([totals["loss"], totals["repa_loss"], *(p.grad for p in objective.parameters())])
     assert gradients[0][1] > 0.1
     for whole, summed in zip(*gradients, strict=True):
-        assert torch.allclose(whole, summed, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(whole, summed, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from PIL import Image
 
 from data import TABLES, open_dataset
 from flowseg_tools import download
-from flowseg_tools.check import problems
 from tests.test_cli import fails, flowseg
+from tests.test_data import problems
 
 ROOT = Path(__file__).parent.parent
 BYTES = np.random.default_rng(0).bytes(400_000)

@@ -11,24 +11,11 @@ from PIL import Image
 
 from data import SUFFIXES, PictureError
 from flowseg_tools import draw
+from tests.conftest import corners, pixels
 
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 COLORS = np.array([[250, 10, 20], [30, 240, 50], [60, 70, 230]], dtype=np.uint8)
 NAMES = ["sky", "road", "tree"]
 ROOT = Path(__file__).parent.parent
-
-
-def corners(size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """Four flat quarters, all different."""
-    image = Image.new("RGB", size, WHITE)
-    width, height = size[0] // 2, size[1] // 2
-    for color, place in ((RED, (0, 0)), (GREEN, (width, 0)), (BLUE, (0, height))):
-        image.paste(color, (*place, place[0] + width, place[1] + height))
-    return image
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
 
 
 def scene(width: int, height: int) -> tuple[Image.Image, np.ndarray]:

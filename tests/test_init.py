@@ -204,6 +204,20 @@ def test_our_own_layout(tmp_path):
     assert [len(part) for part in parts] == [3, 1] and "annotations/{split}/*" in said
 
 
+@pytest.mark.parametrize(
+    "folders, shades",
+    [(("images", "annotations"), 256), (("z", "b"), 256), (("z", "b"), 3), (("input", "target"), 2)],
+)
+def test_grey_images_are_not_taken_for_masks(tmp_path, folders, shades):
+    """A grey image has no more values than a mask may have: names tell, and which of the two has more."""
+    rng = np.random.default_rng(0)
+    for stem in STEMS:
+        write(tmp_path / folders[0] / f"{stem}.png", rng.integers(0, shades, (40, 60), np.uint8))
+        write(tmp_path / folders[1] / f"{stem}.png", mask((0, 1)))
+    parts, _ = drafted(tmp_path)
+    assert parts[0].pairs[0][0].parent.name == folders[0] and len(parts[0].labels.classes) == 2
+
+
 def test_masks_that_cannot_be_read_are_said_and_do_not_end_the_draft(tmp_path):
     for stem in STEMS:
         write(tmp_path / f"photos/{stem}.jpg", photo(stem))

@@ -231,16 +231,20 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
 def test_suffixes_of_pictures_that_cannot_be_read_are_named_with_their_kind(tmp_path):
     root = fill(tmp_path, "photos/*.jpg", "masks/*.png", ["a", "b"], SHARE + "0.5")
     heic = b"\0\0\0\x18ftypheic" + bytes(40)
+    tiny_tiff = tiff(tmp_path / "thumbnail.tif", np.ones((5, 8, 1)), 8, 1).read_bytes()
     for name, content, kind in (
         ("a.heic", heic, "HEIC"),
         ("b.jpg", heic, "HEIC"),
         ("a.jp2", b"x", "JPEG 2000"),
+        ("b.avif", b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif" + bytes(40), "AVIF"),
+        ("a.heic", b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), "JPEG 2000"),
+        ("b.nef", tiny_tiff, "raw"),
     ):
         for path in (root / "photos").glob(f"{name[0]}.*"):
             path.unlink()
         (root / "photos" / name).write_bytes(content)
         part = next(p for s in SPLITS[:2] if name[0] in stems(p := FolderDataset(root, s)))
-        with pytest.raises(DataError, match=rf"photos/{name}: .*{kind}.*convert it to JPEG"):
+        with pytest.raises(DataError, match=rf"photos/{name}: .*{kind}.*convert photos to JPEG"):
             part.read(stems(part).index(name[0]))
 
 

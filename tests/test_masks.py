@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data import IGNORE, DataError, FolderDataset, LabelTable, PictureError, Stream, read_mask
-from flowseg_tools.check import problems
+from tests.test_data import problems
 
 # 8 x 5 pixels, so that rows of few bits need padding in most formats.
 TWO = np.arange(40).reshape(5, 8) % 2
@@ -215,9 +215,19 @@ def inexact(folder: Path) -> dict[str, tuple[Path, str]]:
         "webp with alpha": (rgb.convert("RGBA"), "f.webp", {"quality": 80, "exif": Image.Exif()}, "WEBP"),
         "webp named png": (rgb, "g.png", {"format": "WEBP", "quality": 80}, "WEBP with loss"),
         "avif": (rgb, "h.avif", {}, "AVIF"),
-        "pages": (image, "i.tif", {"save_all": True, "append_images": [image] * 4}, "5 pages"),
-        "animation": (image, "j.gif", {"save_all": True, "append_images": [image.rotate(90)]}, "2 pages"),
-        "animated png": (image, "k.png", {"save_all": True, "append_images": [image.rotate(90)]}, "2 pages"),
+        "pages": (image, "i.tif", {"save_all": True, "append_images": [image] * 4}, "several pages"),
+        "animation": (
+            image,
+            "j.gif",
+            {"save_all": True, "append_images": [image.rotate(90)]},
+            "several pages",
+        ),
+        "animated png": (
+            image,
+            "k.png",
+            {"save_all": True, "append_images": [image.rotate(90)]},
+            "several pages",
+        ),
         "cmyk": (rgb.convert("CMYK"), "l.tif", {}, "CMYK"),
         "float": (Image.fromarray(np.full((4, 4), 0.5, np.float32)), "m.tif", {}, "mode F"),
         "transparent": (Image.new("RGBA", (8, 8), (1, 1, 1, 9)), "n.png", {}, "RGBA"),

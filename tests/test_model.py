@@ -66,7 +66,8 @@ def small(num_classes=5, kind=FlowSeg, **changes):
 def drawn(model):
     """The same model with a random end instead of one of zeros."""
     generator = torch.Generator().manual_seed(0)
-    for layer in (model.network.head, model.network.token_to_velocity):
+    network = model.network
+    for layer in (network.head, network.token_to_velocity, *network.image_to_velocity):
         torch.nn.init.normal_(layer.weight, std=0.3, generator=generator)
     return model
 
@@ -78,7 +79,10 @@ def end(model, x, t, image):
 
 def blind(network):
     """Cut the network off from what the image path says."""
-    for layer in (network.image_to_token, network.image_to_pixel, network.image_to_velocity):
+    layers = [network.image_to_token, network.image_to_pixel, *network.image_to_velocity]
+    if network.config.tokens_of == "image":
+        layers.append(network.patch_embed)
+    for layer in layers:
         torch.nn.init.zeros_(layer.weight)
 
 
@@ -261,8 +265,12 @@ def test_presets_build_and_large_ones_have_the_published_shape(preset):
     assert sum(p.numel() for p in network.parameters()) > 0
 
 
-def test_image_reaches_the_network_and_zero_weights_cut_it_off():
-    network = small().network
+TOKENS_OF = pytest.mark.parametrize("tokens_of", ["image", "state"])
+
+
+@TOKENS_OF
+def test_image_reaches_the_network_and_zero_weights_cut_it_off(tokens_of):
+    network = small(tokens_of=tokens_of).network
     torch.nn.init.normal_(network.head.weight)
     image, _ = batch()
     t = torch.zeros(2)
@@ -277,7 +285,12 @@ def test_image_reaches_the_network_and_zero_weights_cut_it_off():
     assert network.encode_image(image).velocity.abs().max() == 0
 
 
-@pytest.mark.parametrize("level", ["image_to_token", "image_to_pixel", "image_to_velocity"])
+LEVELS = [
+    "image_to_token", "image_to_pixel", "image_to_velocity.0", "image_to_velocity.1", "patch_embed",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_part_of_the_image_path_reaches_the_end(level):
     network = small().network
     for layer in (network.head, network.token_to_velocity):
@@ -290,8 +303,50 @@ def test_every_part_of_the_image_path_reaches_the_end(level):
     assert not torch.allclose(*u)
 
 
+@TOKENS_OF
+def test_a_step_reads_the_state_in_the_tokens_or_in_the_pixels_alone(tokens_of):
+    network = drawn(small(tokens_of=tokens_of)).network
+    ran = []
+    network.blocks[0].register_forward_hook(lambda *_: ran.append(True))
+    image, _ = batch()
+    features = network.encode_image(image)
+    before = len(ran)
+    states = [network(x, torch.full((2,), 0.5), features) for x in (image, -image)]
+    assert not torch.allclose(*states)
+    assert (before, len(ran)) == ((1, 1) if tokens_of == "image" else (0, 2))
+
+
+def test_at_the_start_tokens_of_the_image_are_those_of_the_state():
+    """There the state is the image, so both kinds of tokens give the same velocity."""
+    theirs = drawn(small(tokens_of="state")).network
+    ours = drawn(small(tokens_of="image")).network
+    ours.load_state_dict(theirs.state_dict())
+    for level in theirs.image_to_velocity:
+        torch.nn.init.zeros_(level.weight)  # the coarse velocity is enlarged in one go, or level by level
+    for network in (ours, theirs):
+        torch.nn.init.zeros_(network.token_to_velocity.weight)
+    ours.load_state_dict(theirs.state_dict())
+    image, _ = batch()
+    velocities = [n(image, torch.zeros(2), n.encode_image(image)) for n in (ours, theirs)]
+    assert torch.allclose(*velocities, atol=1e-5)
+    assert velocities[0].abs().max() > 0.01
+
+
+def test_the_velocity_of_the_image_is_a_pyramid_from_coarse_to_fine():
+    network = drawn(small()).network
+    image, _ = batch()
+    levels = network.image_encoder(image)
+    tokens = network.encode_image(image).tokens
+    expected = torch.einsum("bld,cd->bcl", tokens, network.token_to_velocity.weight).view(2, 3, 4, 4)
+    for stride, head in ((2, network.image_to_velocity[1]), (1, network.image_to_velocity[0])):
+        level = levels[stride // 2]
+        own = torch.einsum("bfhw,cf->bchw", level, head.weight)
+        expected = F.interpolate(expected, (16 // stride, 16 // stride), mode="bilinear") + own
+    assert torch.allclose(network.encode_image(image).velocity, expected, atol=1e-5)
+
+
 def test_the_coarse_velocity_is_a_linear_map_of_the_last_tokens_bilinearly_enlarged():
-    network = small().network
+    network = small(tokens_of="state").network
     blind(network)
     torch.nn.init.normal_(network.token_to_velocity.weight)  # the head is zero
     tokens = []
@@ -306,9 +361,9 @@ def test_the_image_encoder_has_a_level_for_every_stride_up_to_the_patch():
     for patch_size, last in ((1, 8), (2, 16), (4, 32), (8, 48), (16, 48)):
         encoder = small(patch_size=patch_size).network.image_encoder
         image = torch.rand(2, 3, 2 * patch_size, 3 * patch_size)
-        fine, coarse = encoder(image)
-        assert fine.shape == (2, 8, 2 * patch_size, 3 * patch_size)
-        assert coarse.shape == (2, last, 2, 3)
+        levels = encoder(image)
+        assert levels[0].shape == (2, 8, 2 * patch_size, 3 * patch_size)
+        assert levels[-1].shape == (2, last, 2, 3)
 
 
 # ---------------------------------------------------------------- layout in memory
@@ -403,7 +458,6 @@ def test_the_potential_stays_float32_under_autocast():
     """With a velocity of zero the network cannot differ, so the loss may not either."""
     model = small()
     image, labels = batch()
-    torch.nn.init.zeros_(model.network.image_to_velocity.weight)
     exact = model.loss(image, labels, torch.Generator().manual_seed(0))[0]
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(image, labels, torch.Generator().manual_seed(0))[0]
@@ -419,7 +473,7 @@ def test_reshaped_loss_at_the_start_is_the_paper_s():
     logits = -((x1_hat[:, None] - kronecker_centroids(5)).square().sum(-1) + model.eps).log()
     F.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
     target = v_gt - x1_hat.grad.view(2, 16, 16, 3).movedim(-1, 1)
-    expected = (v - target).square().mean() / 2  # the half of the first state
+    expected = (v - target).square().mean()
     assert model.loss(image, labels)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -452,7 +506,7 @@ def test_the_loss_has_the_gradient_of_the_squared_error_and_twice_the_weighted_p
     mu_y = model.centroids[labels.where(labels != 255, 0)].movedim(-1, 1)
     squared = (x1_hat - mu_y).square().sum(1)[labels != 255].sum()
     whole = (squared + 2 * w * phi) / ((labels != 255).sum() * model.config.encoding_dims)
-    (whole / 2).backward()  # the half of the first state
+    whole.backward()
     for ours, p in zip(found, model.parameters(), strict=True):
         assert torch.allclose(ours, p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.abs().max()) + 1e-7)
 
@@ -510,9 +564,9 @@ def test_a_share_of_the_images_is_used_again_on_the_line_to_the_end(share):
         own = gaps.argmin(0)  # the image of each second state
         assert gaps.amin(0).max() < 1e-5
         assert own.tolist() == sorted(set(own.tolist()))
-        total += residual(model, end(model, x_t, t, image[own]), labels[own]).sum().item() / share
+        total += residual(model, end(model, x_t, t, image[own]), labels[own]).sum().item()
         assert len(t) == 8 if share == 1 else 0 < len(t) < 8
-    assert loss == pytest.approx(total / 8 / 2, rel=1e-5)
+    assert loss == pytest.approx(total / 8, rel=1e-5)
 
 
 def test_the_share_is_that_of_many_draws():

@@ -1,30 +1,19 @@
 """data.read_photo: photos come in upright as RGB, and what is no photo gets one line."""
 
 import io
+import os
 import struct
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
-from data import FORMATS, PictureError, read_photo
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def corners(size: tuple[int, int] = (48, 32)) -> Image.Image:
-    """Four flat quarters, all different, so that each of the eight orientations looks different."""
-    image = Image.new("RGB", size, WHITE)
-    width, height = size[0] // 2, size[1] // 2
-    for color, place in ((RED, (0, 0)), (GREEN, (width, 0)), (BLUE, (0, height))):
-        image.paste(color, (*place, place[0] + width, place[1] + height))
-    return image
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
+from data import FORMATS, DataError, PictureError, read_mask, read_photo
+from tests.conftest import BLUE, GREEN, RED, WHITE, corners, pixels
 
 
 def write(path: Path, image: Image.Image, **options) -> Path:
@@ -132,6 +121,25 @@ def test_first_frame_of_a_gif(tmp_path):
     assert read_photo(path).getpixel((0, 0)) == RED
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "GIF"])
+def test_frames_are_looked_for_but_not_all_looked_at(monkeypatch, kind):
+    """To count them takes seconds for each photo that has thousands."""
+    buffer = io.BytesIO()
+    frames = [Image.new("L", (4, 4), value) for value in range(50)]
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+    plugin = Image.OPEN[kind][0]
+    real = plugin._seek
+    sought = []
+
+    def seek(self, frame, *more):
+        sought.append(frame)
+        return real(self, frame, *more)
+
+    monkeypatch.setattr(plugin, "_seek", seek)
+    photo = read_photo(buffer.getvalue())
+    assert photo.info["several"] and pixels(photo).max() == 0 and max(sought) <= 1
+
+
 def test_content_decides_not_the_suffix(tmp_path):
     path = tmp_path / "really-a-png.jpg"
     corners().save(path, "PNG")
@@ -199,11 +207,61 @@ def test_decompression_bombs_are_refused_and_the_limit_can_be_lifted(tmp_path, m
         read_photo(png(tmp_path / "b.png", (40000, 40000), 8, b"\0" * 1000))
 
 
-def test_read_photo_counts_frames_and_takes_bytes():
+def test_read_photo_sees_more_frames_and_takes_bytes():
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(
         buffer, "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4), "red")]
     )
-    assert read_photo(buffer.getvalue()).info["frames"] == 2
+    assert read_photo(buffer.getvalue()).info["several"]
     with pytest.raises(PictureError, match="standard input: cannot be read"):
         read_photo(b"no")
+
+
+class StandIn(ImageFile.ImageFile):
+    """What pillow-heif registers: an opener for another format. This one takes raw RGB behind the header."""
+
+    format = "HEIF"
+
+    def _open(self):
+        self.fp.seek(24)
+        self._mode = "RGB"
+        self._size = (4, 3)
+        self.tile = [("raw", (0, 0, 4, 3), 24, "RGB")]
+
+
+def test_heic_is_read_if_its_decoder_is_installed_and_never_as_a_mask(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+    path = tmp_path / "a.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(12) + pixels.tobytes())
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    with pytest.raises(PictureError, match=r"a\.heic: .*HEIC.*JPEG"):
+        read_photo(path)
+
+    def register():
+        Image.register_open("HEIF", StandIn, lambda begin: begin[8:12] == b"heic")
+
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    assert np.array_equal(read_photo(path), pixels)
+    with pytest.raises(DataError, match=r"a\.heic: .*HEIF with loss"):
+        read_mask(path)
+
+
+def test_of_a_file_of_many_bytes_only_the_beginning_is_read_if_it_is_no_picture(tmp_path):
+    """The files are sparse: they say that they hold a terabyte, and take no room."""
+    Image.new("RGB", (4, 3)).save(tmp_path / "small.png")
+    (tmp_path / "nothing.jpg").touch()
+    for name in ("small.png", "nothing.jpg"):
+        os.truncate(tmp_path / name, 10**12)
+        with pytest.raises(PictureError, match=f"{name}: .*(not a picture|1,000,000,000,000 bytes)"):
+            read_photo(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+def test_what_is_no_regular_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", Path("/dev/zero")):
+        for read in (read_photo, read_mask):
+            with pytest.raises(PictureError, match=f"{path}: .*no regular file"):
+                read(path)

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from flowseg_tools import predict
 from flowseg_tools.predict import assign_photo, decode, segment_photo, to_input, windows
 from model import CheckpointInfo, FlowSeg, ModelConfig
+from tests.conftest import untrained
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -25,11 +26,7 @@ SMALL = {
 
 def small(num_classes: int, **settings) -> FlowSeg:
     """A network with random weights; a new one is zero at its end, so that all pixels would be alike."""
-    torch.manual_seed(0)
-    model = FlowSeg(ModelConfig(num_classes=num_classes, steps=1, **SMALL, **settings)).eval()
-    for value in model.parameters():
-        torch.nn.init.normal_(value.data, std=0.2)
-    return model
+    return untrained(ModelConfig(num_classes=num_classes, steps=1, **SMALL, **settings))
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from data import LabelTable, ShapesDataset
 from flowseg_tools import draw, report
 from flowseg_tools.predict import segment_photo
 from model import FlowSeg, ModelConfig
+from tests.conftest import pixels, untrained
 from tests.test_cli import QUICK, fails, flowseg, make_folder
 from train import Metrics, confusion_matrix, evaluate
 
 NAMES = ("sky", "road", "tree")
 COLORS = np.array([[250, 10, 20], [30, 240, 50], [60, 70, 230]], dtype=np.uint8)
-
-
-def pixels(image):
-    return np.asarray(image).astype(int)
 
 
 @pytest.mark.parametrize("count", [2, 11, 19, 60, 150, 171, 255])
@@ -131,19 +127,10 @@ def test_a_file_gets_the_numbers_alone(tmp_path):
 def scenes(tmp_path):
     """A folder with random weights for the built-in scenes."""
     table = ShapesDataset("validation").labels
-    torch.manual_seed(0)
     config = ModelConfig(
-        num_classes=len(table.classes),
-        hidden_size=16,
-        depth=1,
-        num_heads=2,
-        nerf_width=8,
-        conv_width=8,
-        steps=1,
+        len(table.classes), hidden_size=16, depth=1, num_heads=2, nerf_width=8, conv_width=8, steps=1
     )
-    model = FlowSeg(config).eval()
-    for value in model.parameters():
-        torch.nn.init.normal_(value.data, std=0.2)
+    model = untrained(config)
     facts = {"classes": table.classes, "ids": table.ids, "ignore": table.ignore}
     model.save(tmp_path / "w.safetensors", **facts, dataset="shapes", crop_size=32)
     return SimpleNamespace(folder=tmp_path, model=FlowSeg.load(tmp_path / "w.safetensors"))

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import flowseg
 import train as training
-from data import ShapesDataset
-from flowseg_tools import records
+from data import DataError, ShapesDataset
+from flowseg_tools import records, runs
 from flowseg_tools.runs import RunError
 from model import FlowSeg
 from train import resolve
@@ -90,6 +90,19 @@ def python(*arguments, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+TABLE = 'classes = ["left", "right"]\nids = [0, 7]\nignore = [255]\nsplits = ["training", "validation"]\n'
+
+
+def data_folder(root):
+    """A folder data set of one black pair in each split."""
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (root / kind / split).mkdir(parents=True)
+            Image.new("L", (32, 32)).save(root / kind / split / "0.png")
+    (root / "dataset.toml").write_text(TABLE)
+    return root
 
 
 # ---------------------------------------------------------------- signals
@@ -303,17 +316,76 @@ def test_fewer_steps_need_permission_and_never_fewer_than_are_done(tmp_path):
 ])  # fmt: skip
 def test_labels_that_were_changed_are_refused_by_name(tmp_path, before, after, name):
     """A run whose classes change their meaning halfway learns nonsense without any error."""
-    for split in ("training", "validation"):
-        for kind in ("images", "annotations"):
-            (tmp_path / "data" / kind / split).mkdir(parents=True)
-            Image.new("L", (32, 32)).save(tmp_path / "data" / kind / split / "0.png")
-    toml = tmp_path / "data" / "dataset.toml"
-    table = 'classes = ["left", "right"]\nids = [0, 7]\nignore = [255]\nsplits = ["training", "validation"]\n'
-    toml.write_text(table)
+    toml = data_folder(tmp_path / "data") / "dataset.toml"
     run(tmp_path / "run", dataset=str(tmp_path / "data"), max_steps=1)
-    toml.write_text(table.replace(before, after))
+    toml.write_text(TABLE.replace(before, after))
     with pytest.raises(RunError, match=f"{name} was .*, now "):
         run(tmp_path / "run", dataset=str(tmp_path / "data"), max_steps=1)
+
+
+def test_a_run_and_its_weights_find_their_data_from_any_folder(tmp_path, monkeypatch, capsys):
+    data_folder(tmp_path / "here/data")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(tmp_path / "run", dataset="data", max_steps=1)
+    monkeypatch.chdir(tmp_path / "there")
+    run(tmp_path / "run", dataset="../here/data", max_steps=2)
+    assert "was" not in capsys.readouterr().err
+    info = FlowSeg.load(tmp_path / "run/last.safetensors").info
+    assert info.dataset == str(tmp_path / "here/data") and info.root == ""
+    assert len(runs.open_dataset_of(info, None, "validation", None)) == 1
+
+    # The same files in another place are said, and more or other files as well.
+    (tmp_path / "here/data").rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"here/data, .* not there .*--dataset DIR"):
+        runs.open_dataset_of(info, None, "validation", None)
+    assert len(runs.open_dataset_of(info, "../moved", "validation", None)) == 1
+    run(tmp_path / "run", dataset="../moved", max_steps=3)
+    assert f"dataset was '{tmp_path}/here/data', now '{tmp_path}/moved'" in capsys.readouterr().err
+    for kind in ("images", "annotations"):
+        Image.new("L", (32, 32)).save(tmp_path / "moved" / kind / "training/1.png")
+    run(tmp_path / "run", dataset="../moved", max_steps=4)
+    said = capsys.readouterr().err
+    assert (
+        "training files was '1 images" in said and "now '2 images" in said and "validation files" not in said
+    )
+    data_folder(tmp_path / "here/other")
+    with pytest.raises(
+        RunError, match=r"another run .dataset was .*/moved', now .*here/other'; training files"
+    ):
+        run(tmp_path / "run", dataset="../here/other", max_steps=4)
+
+
+def test_a_named_data_set_is_found_below_the_root_of_then_or_of_today(tmp_path, monkeypatch):
+    """As --root, as a relative one, and as $FLOWSEG_DATA, which may be another one later."""
+    data_folder(tmp_path / "a/pets")
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "one", dataset="pets", root="a", max_steps=1)
+    monkeypatch.setenv("FLOWSEG_DATA", "a")
+    run(tmp_path / "two", dataset="pets", max_steps=1)
+    monkeypatch.setenv("FLOWSEG_DATA", "nowhere")
+    for name in ("one", "two"):
+        info = FlowSeg.load(tmp_path / name / "last.safetensors").info
+        assert (info.dataset, info.root) == ("pets", str(tmp_path / "a"))
+        for given in (None, "pets"):
+            assert runs.open_dataset_of(info, given, "training", None).root == tmp_path / "a/pets"
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(DataError, match=r"a/pets, .*--dataset DIR"):
+        runs.open_dataset_of(info, None, "training", None)
+    assert len(runs.open_dataset_of(info, None, "training", Path("b"))) == 1
+    monkeypatch.setenv("FLOWSEG_DATA", "b")
+    assert len(runs.open_dataset_of(info, None, "training", None)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with a name")
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "state.safetensors"])
+def test_a_pipe_in_a_run_directory_is_named_and_never_opened(tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("{}")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / name)
+    with pytest.raises(RunError, match=f"{name} is no regular file.*--out"):
+        runs.check(tmp_path / "run", {"labels": {}}, allow_changes=False)
 
 
 @pytest.mark.parametrize(
@@ -468,6 +540,25 @@ def test_a_batch_that_does_not_divide_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "text"), [("WORLD_SIZE", "0"), ("WORLD_SIZE", "abc"), ("WORLD_SIZE", ""), ("RANK", "x")]
+)
+def test_numbers_that_torchrun_never_sets_are_one_line(monkeypatch, name, text):
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv(name, text)
+    with pytest.raises(RunError, match=rf"{name} is '{text}'; expected a number"):
+        runs.process_group(torch.device("cpu")).__enter__()
+
+
+def test_processes_without_a_meeting_point_are_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RunError, match=r"MASTER_ADDR is not; start with torchrun"):
+        runs.process_group(torch.device("cpu")).__enter__()
+
+
 def test_a_process_that_fails_is_named_and_ends_the_others(tmp_path):
     """The second process meets a broken loss; neither hangs, and no traceback hides the one line."""
     script = f"""
