@@ -110,7 +110,6 @@ def train(
     import train as training
     from flowseg_tools.settings import given_fields, run_folder
 
-    context.params["compile"] = {True: "true", False: "false"}.get(compile)
     config, network = training.resolve(given_fields(context.params, config_file), settings or [])
     if dry_run:
         print_cost(config, network)
@@ -178,6 +177,7 @@ def evaluate(
 
     if report:
         check_writable(report.parent if report.suffix else report)
+    quiet = quiet or not speaks()
     model = load(checkpoint or weights, device, quiet)
     data = open_dataset_of(model.info, dataset, split, root)
     data.max_pixels = max_pixels or MAX_PIXELS

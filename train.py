@@ -36,7 +36,7 @@ from flowseg_tools.dinov2 import Alignment
 from flowseg_tools.predict import Mode, read_ahead, segment_photo
 from flowseg_tools.runs import RunError, process, summed
 from flowseg_tools.settings import resolve_as
-from flowseg_tools.terminal import make_bar, tracked
+from flowseg_tools.terminal import make_bar, make_console, tracked
 from model import FlowSeg, ModelConfig, check_ranges, weights_hash
 
 MOST_FAILURES = 10  # steps in a row without a finite gradient
@@ -427,7 +427,8 @@ class Run:
         self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
         torch.use_deterministic_algorithms(config.deterministic)
-        self.data, self.held_out = start.open_splits(config, self.rank)
+        self.loud = make_console(stderr=True, quiet=self.rank > 0)  # for what is wrong with data
+        self.data, self.held_out = start.open_splits(config, self.loud)
 
         # The alignment is trained with the model and belongs to the saved state, but is not exported.
         model, origin = start.make_model(config, network, kind, folder)

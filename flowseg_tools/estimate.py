@@ -1,6 +1,7 @@
 """What a training run would take, by counting: FLOPs, GPU memory, hours; needs neither data nor a GPU."""
 
 from dataclasses import asdict, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ USABLE_GB = 76  # of 80: the rest is for CUDA itself, the libraries, evaluation 
 SHARE_IN_BFLOAT16 = 0.67  # of the float32 bytes kept for the backward pass: some stay float32
 
 
+@cache
 def counted(config: ModelConfig, size: int, activation_checkpointing: bool = False) -> tuple[int, int, int]:
     """Parameters, FLOPs of a training step of one image, and bytes that it keeps for the backward pass.
 
@@ -58,6 +60,13 @@ def _count_step(config: ModelConfig, size: int, activation_checkpointing: bool) 
     return num_parameters, counter.get_total_flops(), num_bytes
 
 
+@cache
+def count_frozen(config: ModelConfig) -> int:
+    """How many parameters are not trained."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in DinoFlowSeg(config).parameters() if not p.requires_grad)
+
+
 def gigabytes(config, network: ModelConfig, world: int) -> tuple[float, float]:
     """What weights, gradients, moments and EMA take on each GPU, and what is kept for the backward pass.
 
@@ -71,9 +80,7 @@ def gigabytes(config, network: ModelConfig, world: int) -> tuple[float, float]:
     if config.dtype != "float32":
         bytes_each = 22
         share = SHARE_IN_BFLOAT16
-    with torch.device("meta"):
-        frozen = sum(p.numel() for p in DinoFlowSeg(network).parameters() if not p.requires_grad)
-    return (bytes_each * parameters - 12 * frozen) / 1e9, images * share * kept / 1e9
+    return (bytes_each * parameters - 12 * count_frozen(network)) / 1e9, images * share * kept / 1e9
 
 
 def fit(config, network: ModelConfig, world: int) -> str:

@@ -126,10 +126,8 @@ Force = Annotated[bool, flag(OUTPUT, "Overwrite outputs that exist.", "--force")
 
 SETS = "shapes (built in), a data set's name, or a folder."
 Dataset = Annotated[Text, field(DATA, "NAME|DIR", SETS, "dataset")]
-LOADERS = "Processes that load images."
-Workers = Annotated[
-    Number, value(DATA, "N", LOADERS, "--workers", default="8 or fewer on CUDA, else 0", least=0)
-]
+LOADERS = "Processes that load images; -1: up to 8 on CUDA, else none."
+Workers = Annotated[Number, field(DATA, "N", LOADERS, "num_workers", "--workers", least=-1)]
 Preset = Annotated[Text, field(MODEL, "NAME", f"{names_in('presets')}.", "preset")]
 Init = Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", default="random weights")]
 Encoder = Annotated[File, field(MODEL, "FILE", "DINOv2 weights for the image path.", "encoder")]
@@ -169,10 +167,8 @@ ConfigFile = Annotated[File, value(RUN, "FILE|DIR", CONFIG, "--config", default=
 EvalEvery = Annotated[Number, field(RUN, "N", "Steps between validations.", "eval_every", least=1)]
 SaveEvery = Annotated[Number, field(RUN, "N", "Steps between saved states.", "save_every", least=1)]
 Dtype = Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", default="bfloat16 on CUDA")]
-Compile = Annotated[
-    bool | None,
-    flag(RUN, "Compile the network first (minutes); the default on CUDA.", "--compile/--no-compile"),
-]
+COMPILE = "Compile the network first (a minute or two); on by default on CUDA."
+Compile = Annotated[bool | None, flag(RUN, COMPILE, "--compile/--no-compile")]
 ActivationCheckpointing = Annotated[
     bool, flag(RUN, "Recompute activations: slower, far less memory.", "--activation-checkpointing")
 ]

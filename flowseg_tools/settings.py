@@ -57,6 +57,8 @@ def given_fields(parameters: dict, config_file: Path | None) -> dict:
     """The fields that parameters of the train command set, which have their names; None is not given."""
     given = {}
     for name, value in parameters.items():
+        if name == "compile" and value is not None:
+            value = str(value).lower()  # --no-compile is a choice, too
         if name in written_fields() and value is not None and value is not False:
             given[name] = str(value) if isinstance(value, Path) else value
     return read_config(config_file, given) if config_file else given

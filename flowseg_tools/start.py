@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from data import Dataset, open_dataset
 from flowseg_tools import records, runs
@@ -17,19 +18,17 @@ from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError
 from flowseg_tools.settings import command_for
 from flowseg_tools.state import STATE, Writer, load_state, share_state
-from flowseg_tools.terminal import make_console
 from model import FlowSeg, ModelConfig
 
 
-def open_splits(config, rank: int) -> tuple[Dataset, Dataset]:
-    """The training and the validation data of a TrainConfig; what is wrong with them is said once, and even
-    where nothing else is."""
+def open_splits(config, loud: Console) -> tuple[Dataset, Dataset]:
+    """The training and the validation data of a TrainConfig; says what is wrong with them."""
     splits = []
     for split in ("training", "validation"):
         data = open_dataset(config.dataset, split, config.root)
         data.max_pixels = config.max_pixels
         splits.append(data)
-    before_training(splits, make_console(stderr=True, quiet=rank > 0).print)
+    before_training(splits, loud.print)
     return splits[0], splits[1]
 
 
@@ -66,7 +65,7 @@ def enter_folder(run, allow_changes: bool, stack: ExitStack) -> tuple[int, int, 
     at = (0, 0, -1.0)
     if run.rank == 0:
         for change in runs.check(run.folder, settings, allow_changes):
-            make_console(stderr=True).print(f"warning: {run.folder}: {change}", style="yellow")
+            run.loud.print(f"warning: {run.folder}: {change}", style="yellow")
         stack.enter_context(runs.locked(run.folder))
         at = load_state(run.folder, run.modules, run.optimizers, run.console)
     at = share_state(run.modules, run.optimizers, at)

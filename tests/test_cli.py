@@ -467,7 +467,7 @@ def test_segment_prints_its_records_as_json(trained):
 def test_train_takes_the_short_names_of_before(tmp_path):
     result = flowseg("train", "--dry-run", "--size", 64, "--batch", 4, "--workers", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    facts = [line.strip() for line in result.stdout.splitlines()]
+    facts = result.stdout.splitlines()
     assert {"crop_size: 64", "batch_size: 4", "num_workers: 2"} <= set(facts)
 
 

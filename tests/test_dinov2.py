@@ -452,7 +452,7 @@ def test_the_dry_run_counts_a_frozen_encoder_without_gradient_and_moments():
             rows[name, finetune] = facts["GB of GPU memory"]
             parameters, *_ = counted(configs[1], 128)
             assert facts["parameters"] == parameters
-    assert rows["vit-s", "false"] < rows["vit-b", "false"] < 20  # of a GPU with 24 GB, batches of 16 at 512
+    assert rows["vit-s", "false"] < rows["vit-b", "false"] < 24  # of a GPU with 24 GB, batches of 16 at 512
     assert rows["vit-s", "true"] - rows["vit-s", "false"] > 12e-9 * 22_000_000
 
 

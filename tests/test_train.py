@@ -602,6 +602,36 @@ def test_a_dry_run_gives_the_known_orders_of_magnitude(capsys):
     assert 1 < number(facts, "hours") < 100
 
 
+def test_what_does_not_fit_names_the_cheapest_option_that_makes_it_fit(monkeypatch):
+    config, network = resolve({"batch_size": 64})
+    assert estimate.fit(config, network, 1) == "fits 80 GB"
+    whole = sum(estimate.gigabytes(config, network, 1))
+    for share in (0.9, 0.4, 0.1):
+        monkeypatch.setattr(estimate, "USABLE_GB", share * whole)
+        text = estimate.fit(config, network, 1)
+        assert text.startswith("does not fit 80 GB: --set grad_accum_steps=2 needs") == (share == 0.9)
+        options = text.partition(": ")[2].partition(" needs")[0].replace("--set ", "").split()
+        changed, network = resolve({"batch_size": 64}, options)
+        assert sum(estimate.gigabytes(changed, network, 1)) <= share * whole
+    monkeypatch.setattr(estimate, "USABLE_GB", 1e-6)
+    assert estimate.fit(config, network, 1).endswith("lower --crop-size, or take a smaller --preset")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["base", "large", "xl"])
+def test_the_presets_fit_a_gpu_of_80_gb_as_they_are(preset):
+    config, network = resolve({"preset": preset, "dataset": "coco-stuff"})
+    assert estimate.fit(config, network, 1) == "fits 80 GB"
+
+
+def test_an_attention_matrix_alone_is_taken_for_one():
+    """With as many tokens as channels, activations look like one."""
+    config = replace(COUNTED, hidden_size=64, later_share=0.0)
+    _, _, kept = counted(config, 128)  # 64 tokens of 64 channels
+    _, _, others = counted(replace(config, hidden_size=48), 128)
+    assert 1 < kept / others < 64 / 48
+
+
 def test_unavailable_device_is_named():
     with pytest.raises(RunError, match=r"--device warp is not available; expected auto, .*cpu"):
         pick_device("warp")
