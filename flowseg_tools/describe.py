@@ -88,7 +88,7 @@ def run(folder: Path) -> dict:
 def saved_step(folder: Path) -> int:
     """The training step of the state that a run saved last; 0 if there is none that can be read."""
     try:
-        with safe_open(folder / runs.STATE, "pt") as file:
+        with safe_open(folder / STATE, "pt") as file:
             return int(json.loads(file.metadata()["at"])[0])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
         return 0
