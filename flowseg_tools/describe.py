@@ -16,6 +16,7 @@ from data import data_root
 from flowseg_tools import records, runs
 from flowseg_tools.dinov2 import DinoFlowSeg
 from flowseg_tools.runs import RunError
+from flowseg_tools.state import STATE
 
 
 def machine(root: Path | None = None) -> dict:
