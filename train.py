@@ -431,7 +431,7 @@ class Run:
         self.data, self.held_out = start.open_splits(config, self.loud)
 
         # The alignment is trained with the model and belongs to the saved state, but is not exported.
-        model, origin = start.make_model(config, network, kind, folder)
+        model, origin = start.make_model(self, network, kind)
         self.model = model.to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         alignment = start.make_alignment(config, self.model)
