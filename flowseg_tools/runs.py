@@ -128,7 +128,9 @@ def newest_checkpoint(where: Path | None = None, command: str = "flowseg train")
     """
     if where and where.suffix and not where.is_dir():
         return where
-    found = list(where.glob("last.safetensors") if where else Path("runs").glob("*/last.safetensors"))
+    found = []
+    for name in ("last.safetensors", "best.safetensors"):
+        found += where.glob(name) if where else Path("runs").glob(f"*/{name}")
     if not found:
         raise RunError(f"no weights in {where or 'runs'}/: run `{command}`, or pass a checkpoint")
     newest = max(found, key=lambda path: path.stat().st_mtime)
