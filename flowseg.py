@@ -139,9 +139,8 @@ def conclude(folder: Path, code: int) -> None:
         err.print(f"stopped; the state is saved in {folder}: the same command continues", style="yellow")
         return
     info = load(folder, quiet=True).info
-    names = ("best.safetensors", "last.safetensors", "preview.png", "curves.png")
-    files = ", ".join(name for name in names if (folder / name).exists())
-    out.print(f"{score_of(info)} at step {info.step}; in {folder}: {files}")
+    files = [name for name in ("best.safetensors", "preview.png", "curves.png") if (folder / name).exists()]
+    out.print(f"{score_of(info)} at step {info.step}; in {folder}: {', '.join(files)}")
     out.print(f"next: flowseg segment photo.jpg -o mask.png -c {folder}", soft_wrap=True)
 
 

@@ -209,7 +209,6 @@ def squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     |mu|^2 - 2 mu.x + |x|^2 is one fast product, but it cancels near a centroid, exactly where 1 / (d + eps)
     matters. Therefore the least distance is taken again, by direct differences.
     """
-    # All distances by one product.
     with exact_float32(x.device):
         return _squared_distances(x, centroids)
 
@@ -218,8 +217,6 @@ def _squared_distances(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """The same where the caller has already asked for exact products, so that it compiles as one graph."""
     d = torch.addmm(centroids.square().sum(1, keepdim=True), centroids, x.T, alpha=-2)
     d += x.square().sum(1)
-
-    # The least one again, by differences.
     nearest = d.argmin(0, keepdim=True)
     exact = (x - centroids[nearest[0]]).square().sum(1)
     return d.scatter_(0, nearest, exact[None]), nearest
@@ -236,13 +233,10 @@ def potential_gradient(
     is. Pixels are processed in chunks, so memory does not grow with the image. of_chunk: a compiled
     `potential_of_chunk`.
     """
-    # Types, and the number of pixels in a chunk.
     of_chunk = of_chunk or potential_of_chunk
     x = x if x.dtype == torch.float64 else x.float()
     mu = centroids.to(x)
     chunk = max(1, (CHUNK_CPU if x.device.type == "cpu" else CHUNK_GPU) // len(mu))  # pixels
-
-    # Phi and its gradient, chunk after chunk.
     phi = x.new_empty(len(x))
     grad = torch.empty_like(x)
     with exact_float32(x.device):
@@ -596,8 +590,6 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, h) each
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
-
-        # Every token looks at all others.
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))  # (B, L, D)
 
@@ -644,7 +636,6 @@ class NerfBlock(nn.Module):
 
     def forward(self, q: Tensor, s: Tensor) -> Tensor:
         """q: (B, L, P P, Dx), the pixels of the patches; s: (B, L, D), their tokens."""
-        # The token's two matrices.
         width = q.shape[-1]
         w1, w2 = self.param_generator(s).chunk(2, dim=-1)  # (B, L, Dx r Dx) each
         w1 = F.normalize(w1.unflatten(-1, (width, -1)), dim=-2)  # (B, L, Dx, r Dx), unit columns
@@ -926,7 +917,6 @@ class CheckpointInfo:
 
 def tensor_faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     """How many tensors are missing, unknown, of another shape or not finite, and the first three; or ""."""
-    # Every name of either side.
     wrong = []
     for name in sorted(expected.keys() | found.keys()):
         wanted = tuple(expected[name].shape) if name in expected else "nothing"
@@ -936,8 +926,6 @@ def tensor_faults(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
             given = given if finite else "not finite"
         if given != wanted:
             wrong.append(f"{name} is {given}, expected {wanted}")
-
-    # One line, however many there are.
     shown = wrong[:3] if len(wrong) <= 3 else [*wrong[:3], ".."]
     return f"{len(wrong)} faults: {'; '.join(shown)}" if wrong else ""
 

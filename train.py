@@ -47,30 +47,36 @@ AGREE_EVERY = 10  # steps after which the processes of several GPUs agree whethe
 class TrainConfig:
     """Everything besides the network that determines a run; the defaults of the command line."""
 
+    # What is trained on what, from what.
     recipe: str = ""  # a table of recipes.toml
     dataset: str = "shapes"
     root: str = ""  # folder of the named data sets
     preset: str = "tiny"
     init: str = ""  # weights or run directory to start from
     seed: int = 0
+    # How long, on how much at a time.
     max_steps: int = 600
     batch_size: int = 8  # images per training step, over all processes
     grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
     crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
+    # How the weights follow the gradient.
     optimizer: str = "muon"  # | adamw
     lr: float = 6e-3
     warmup_steps: int = 60  # linear warm-up, then cosine to zero
     weight_decay: float = 0.01
     grad_clip: float = 1.0  # largest gradient norm
     ema_decay: float = 0.995
+    # Public networks that help.
     encoder: str = ""  # DINOv2 weights for the image path; none: its convolutions alone
     teacher: str = ""  # DINOv2 weights to align the tokens with (REPA); none: no alignment
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
+    # When something else than a step is done.
     eval_every: int = 200
     save_every: int = 200
     save_minutes: float = 0.0  # also save when so many minutes have passed; 0: never
     log_every: int = 25
+    # How it is computed, which does not change what is computed.
     num_workers: int = -1  # processes that load images; -1: as many as fit on CUDA, none elsewhere
     max_pixels: int = MAX_PIXELS  # the largest picture that is opened
     dtype: str = "auto"  # of the network's arithmetic; auto: bfloat16 on CUDA, float32 elsewhere
@@ -141,6 +147,7 @@ class Metrics:
 
 def confusion_matrix(labels: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
     """int64 (N, N) counts of (label, prediction) pairs; pixels labelled 255 do not count."""
+    # Every pair is one number, and bincount counts numbers.
     valid = labels != IGNORE
     pairs = labels[valid].astype(np.int64) * num_classes + prediction[valid]
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
@@ -155,6 +162,7 @@ def evaluate(
     track: wraps the iterable of indices, for a progress bar. limit: most images, evenly spaced. Under
     torchrun the processes share the images and all get the same metrics; only the first hashes the weights.
     """
+    # Counts are whole numbers, so their sum does not depend on who counted what.
     num_classes = len(dataset.labels.classes)
     indices = evenly_spaced(len(dataset), limit)
     rank, world = process()
@@ -191,15 +199,18 @@ def orthogonal(matrix: Tensor) -> Tensor:
     decomposition. On CUDA bfloat16 is enough for them. On a CPU in float32 the steps are taken on the small
     matrix A alone, A <- S A S, and only their product P meets the long side of X.
     """
+    # The short side first, and singular values of at most 1, where the steps converge.
     tall = matrix.shape[0] > matrix.shape[1]
     X = matrix.mT if tall else matrix
     X = X / (X.norm() + 1e-7)
     if X.is_cuda:
+        # As written above.
         X = X.bfloat16()
         for _ in range(5):
             A = X @ X.mT
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
     else:
+        # The same steps: X = P X0, where P is the product of all S = a I + b A + c A^2.
         A = X @ X.mT
         identity = torch.eye(len(X), dtype=X.dtype, device=X.device)
         P = identity
@@ -237,6 +248,8 @@ class Muon(torch.optim.Optimizer):
         for i, weight in enumerate(group["params"]):
             if weight.grad is None:
                 continue
+
+            # M, which begins at zero.
             if weight not in self.state:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
             momentum = self.state[weight]["momentum"]
@@ -259,6 +272,8 @@ class Muon(torch.optim.Optimizer):
                 weight.copy_(moved)
             if world > 1:
                 sent.append(dist.broadcast(weight, owner, async_op=True))
+
+        # Messages travel while other matrices are computed.
         for message in sent:
             message.wait()
 
@@ -320,8 +335,10 @@ class Objective(nn.Module):
         """Loss and diagnostics of a part of the batch. count: labelled pixels of the whole batch; share: how
         much of its images are in this part."""
         loss, stats = self.model.loss(image, labels, generators, count)
+
+        # The alignment is a mean over all tokens, so each part gives its share of it.
         if self.alignment:
-            distance = share * self.alignment(image)  # a mean over all tokens of the batch
+            distance = share * self.alignment(image)
             loss = loss + self.alignment.weight * distance
             stats["repa_loss"] = distance.detach()
         return loss, {"loss": loss.detach(), **stats}
@@ -331,11 +348,14 @@ def batches(
     data: Dataset, config: TrainConfig, step: int, device: torch.device | str = "cpu"
 ) -> Iterator[list[Tensor]]:
     """The parts of this process's share of every batch, from `step` on: images, labels, indices."""
+    # Positions in the endless order of samples: batch after batch, of each this process's share.
     rank, world = process()
     share = config.batch_size // world
     first = step * config.batch_size + rank * share
     total = config.max_steps * config.batch_size
     positions = (start + i for start in range(first, total, config.batch_size) for i in range(share))
+
+    # The loader makes parts of them.
     loader = DataLoader(
         Stream(data, config.crop_size, config.seed),
         batch_size=share // config.grad_accum_steps,
@@ -349,6 +369,8 @@ def noise_generators(config: TrainConfig, step: int) -> list[torch.Generator]:
     """One generator for each image of this process, keyed by seed, step and place in the batch."""
     rank, world = process()
     share = config.batch_size // world
+
+    # Whoever computes the image at this place draws the same numbers.
     generators = []
     for place in range(rank * share, (rank + 1) * share):
         key = np.random.SeedSequence([config.seed, step, place]).generate_state(1)[0]
@@ -373,6 +395,7 @@ def backward(
         here.append((images.to(device, non_blocking=True), labels.to(device, non_blocking=True)))
     count = summed(sum((labels != IGNORE).sum() for _, labels in here))  # labelled pixels of the whole batch
 
+    # One part after the other; their gradients add up.
     totals: dict[str, Tensor] = {}
     for i, (images, labels) in enumerate(here):
         own = generators[i * len(images) : (i + 1) * len(images)]
@@ -396,10 +419,13 @@ def update(
 
     Without a finite gradient the step changes nothing, as found_inf tells the optimizers on the device.
     """
+    # The norm of the whole gradient, as one vector.
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     finite = norm.isfinite()
     nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm.where(finite, 0))  # norm 0: nothing to clip
+
+    # One step of every optimizer, at the learning rate of this step.
     for optimizer in optimizers:
         optimizer.found_inf = (~finite).float()
         for group in optimizer.param_groups:
@@ -419,6 +445,7 @@ class Run:
         kind: type[FlowSeg], allow_changes: bool, stack: ExitStack,
     ):  # fmt: skip
         """Prepare a new run, or continue the one in `folder`; what is refused leaves no folder behind."""
+        # Where and how.
         self.config = config
         self.folder = folder
         self.device = device
@@ -427,10 +454,12 @@ class Run:
         self.bfloat16 = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
         torch.use_deterministic_algorithms(config.deterministic)
+
+        # On what.
         self.loud = make_console(stderr=True, quiet=self.rank > 0)  # for what is wrong with data
         self.data, self.held_out = start.open_splits(config, self.loud)
 
-        # The alignment is trained with the model and belongs to the saved state, but is not exported.
+        # What: the model, its average, and the alignment, which belongs to the state but is not exported.
         model, origin = start.make_model(self, network, kind)
         self.model = model.to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
@@ -485,6 +514,7 @@ def train(
 
     kind: FlowSeg, or a baseline with its interface (experiments/baselines.py).
     """
+    # Whatever is entered here is left again, in whatever way training ends.
     device = runs.pick_device(device)
     with ExitStack() as stack:
         stack.enter_context(runs.process_group(device))

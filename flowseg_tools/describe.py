@@ -16,6 +16,7 @@ from data import data_root
 from flowseg_tools import records, runs
 from flowseg_tools.dinov2 import DinoFlowSeg
 from flowseg_tools.runs import RunError
+from flowseg_tools.state import STATE
 
 
 def machine(root: Path | None = None) -> dict:
@@ -88,7 +89,7 @@ def run(folder: Path) -> dict:
 def saved_step(folder: Path) -> int:
     """The training step of the state that a run saved last; 0 if there is none that can be read."""
     try:
-        with safe_open(folder / runs.STATE, "pt") as file:
+        with safe_open(folder / STATE, "pt") as file:
             return int(json.loads(file.metadata()["at"])[0])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
         return 0

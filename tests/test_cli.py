@@ -238,8 +238,10 @@ def test_options_set_the_fields_that_they_name():
 
 
 def test_a_zero_is_a_value_and_wins_over_a_recipe():
-    assert resolved("flowseg train --recipe ade20k-256")[0].num_workers == 4
-    assert resolved("flowseg train --recipe ade20k-256 --workers 0")[0].num_workers == 0
+    recipe = resolved("flowseg train --recipe ade20k-256")[0]
+    given = resolved("flowseg train --recipe ade20k-256 --warmup-steps 0 --workers 0")[0]
+    assert (recipe.warmup_steps > 0, recipe.num_workers) == (True, -1)
+    assert (given.warmup_steps, given.num_workers) == (0, 0)
 
 
 def test_the_settings_of_a_run_are_taken_from_its_config_and_options_win(tmp_path, monkeypatch):
@@ -469,7 +471,7 @@ def test_segment_prints_its_records_as_json(trained):
 def test_train_takes_the_short_names_of_before(tmp_path):
     result = flowseg("train", "--dry-run", "--size", 64, "--batch", 4, "--workers", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    facts = result.stdout.splitlines()
+    facts = [line.strip() for line in result.stdout.splitlines()]
     assert {"crop_size: 64", "batch_size: 4", "num_workers: 2"} <= set(facts)
 
 

@@ -443,6 +443,7 @@ def test_pixnerd_with_an_encoder_starts_as_pixnerd(tmp_path):
     assert weights_hash(other) == weights_hash(model)
 
 
+@pytest.mark.slow
 def test_the_dry_run_counts_a_frozen_encoder_without_gradient_and_moments():
     rows = {}
     for name in ("vit-s", "vit-b"):

@@ -123,10 +123,13 @@ def test_more_dimensions_give_more_room(dims, spacing):
     assert torch.pdist(kronecker_centroids(150, dims)).min().item() == pytest.approx(spacing, abs=6e-4)
 
 
-@pytest.mark.parametrize(("n", "hamming"), [(2, 16), (14, 8), (32, 8), (33, 6), (128, 6), (171, 5), (255, 5)])
-def test_code_words_have_the_distances_of_the_known_codes(n, hamming):
-    words = coded_centroids(n)[:, 3:]
-    assert words.shape == (n, 16)
+@pytest.mark.parametrize(
+    ("n", "length", "hamming"),
+    [(2, 8, 8), (11, 8, 4), (16, 8, 4), (17, 16, 8), (32, 16, 8), (33, 16, 6), (128, 16, 6), (255, 16, 5)],
+)
+def test_code_words_have_the_distances_of_the_known_codes(n, length, hamming):
+    words = FlowSeg(ModelConfig(n, **SMALL | {"encoding": "coded", "encoding_dims": 0})).centroids[:, 3:]
+    assert words.shape == (n, length)
     assert set(words.unique().tolist()) == {-1.0, 1.0}
     assert torch.pdist(words, p=1).min().item() == 2 * hamming
 
@@ -739,7 +742,7 @@ def test_shape_and_value_errors_name_both_sides():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"objective": "reshape"}, "objective is 'reshape'; expected reshaped or vanilla"),
     ({"encoding_dims": 2}, "encoding_dims is 2; expected"),
-    ({"encoding_dims": 20}, "encoding_dims is 20; expected 19 or less"),
+    ({"encoding_dims": 20}, "encoding_dims is 20; expected at most 19"),
     ({"encoding_dims": 3}, "encoding_dims is 3; expected .*5 words"),
     ({"encoding_dims": 8, "num_classes": 33}, "encoding_dims is 8; expected .*33 words"),
     ({"encoding": "simplex"}, "encoding is 'simplex'; expected coded or kronecker"),
