@@ -139,8 +139,8 @@ def conclude(folder: Path, code: int) -> None:
         err.print(f"stopped; the state is saved in {folder}: the same command continues", style="yellow")
         return
     info = load(folder, quiet=True).info
-    files = "best.safetensors, preview.png, curves.png"
-    out.print(f"validation mIoU {info.mIoU:.1%} at step {info.step}; in {folder}: {files}")
+    files = [name for name in ("best.safetensors", "preview.png", "curves.png") if (folder / name).exists()]
+    out.print(f"{score_of(info)} at step {info.step}; in {folder}: {', '.join(files)}")
     out.print(f"next: flowseg segment photo.jpg -o mask.png -c {folder}", soft_wrap=True)
 
 
@@ -370,10 +370,14 @@ def load(checkpoint: Path | None, device: str = "auto", quiet: bool = False):
     if not model.info.classes:
         raise CheckpointError(f"{checkpoint} is a backbone without classes: train --init {checkpoint}")
     if not quiet and speaks():
-        score = "not validated" if model.info.mIoU is None else f"validation mIoU {model.info.mIoU:.1%}"
-        facts = f"{Path(model.info.dataset).name}, step {model.info.step}, {score}"
+        facts = f"{Path(model.info.dataset).name}, step {model.info.step}, {score_of(model.info)}"
         err.print(terminal.printable(f"weights: {checkpoint} ({facts})"))
     return model
+
+
+def score_of(info) -> str:
+    """The validation score of weights, in words."""
+    return "not validated" if info.mIoU is None else f"validation mIoU {info.mIoU:.1%}"
 
 
 def main() -> None:
@@ -387,6 +391,8 @@ def main() -> None:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     for name in ("stdout", "stderr"):
         setattr(sys, name, terminal.Steady(getattr(sys, name)))
+    if not sys.stdout.isatty():
+        os.environ["COLUMNS"] = "100"  # not of a window that does not show this: the help is cut in fewer
     for i, word in enumerate(sys.argv[:-1]):
         if word == "--json" and sys.argv[i + 1].endswith(".json"):
             sys.argv[i] = "--report"  # its earlier name, which scripts may still use

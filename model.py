@@ -503,7 +503,7 @@ class FlowSeg(nn.Module):
                 raise ValueError(listed)
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, RecursionError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            fix = "pass another from `flowseg train`"
+            fix = "move it away, or pass another from `flowseg train`"
             raise CheckpointError(f"{path} is damaged ({reason}); {fix}") from error
         model.load_state_dict(weights, assign=True)
         return model.to(device).eval()

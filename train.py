@@ -460,7 +460,7 @@ class Run:
         self.data, self.held_out = start.open_splits(config, self.loud)
 
         # What: the model, its average, and the alignment, which belongs to the state but is not exported.
-        model, origin = start.make_model(config, network, kind, folder)
+        model, origin = start.make_model(self, network, kind)
         self.model = model.to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         alignment = start.make_alignment(config, self.model)

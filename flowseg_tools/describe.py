@@ -97,12 +97,12 @@ def saved_step(folder: Path) -> int:
 
 def is_running(folder: Path) -> bool:
     """Whether a process holds the lock of a run."""
-    with suppress(ImportError, FileNotFoundError):
+    with suppress(ImportError, OSError):  # no file, or a share without locks
         import fcntl
 
         with open(folder / ".lock", encoding="utf-8") as file:
             try:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
+            except (BlockingIOError, PermissionError):
                 return True
     return False

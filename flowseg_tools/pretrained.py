@@ -8,7 +8,7 @@ the file until they are used, so an import needs no second copy of them.
 import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mode
@@ -29,6 +29,9 @@ SKIPPED = ("denoiser.", "diffusion_trainer.")
 UNKNOWN_SIZE = 4
 # Columns of the pixel embedding that read the position (8 x 8 cosines); those before read the state.
 POSITION_COLUMNS = 64
+# Layers with a column or a row for every channel of the state, and so of the encoding.
+STATE_LAYERS = ("pixel_embed", "head.", "image_to_velocity", "token_to_velocity")
+NAMES_SHOWN = 5  # of the classes that are new to the weights
 
 
 @contextmanager
@@ -85,17 +88,30 @@ def import_pixnerd(path: str | Path) -> FlowSeg:
     return FlowSeg(network.config, network).eval()
 
 
-def start_from(model: FlowSeg, path: str | Path) -> None:
+def start_from(model: FlowSeg, path: str | Path, classes: Sequence[str] = ()) -> str:
     """Copy the network weights of a FlowSeg or a public PixNerd checkpoint into `model`.
 
-    The classes may differ. Raises CheckpointError if the networks do not fit.
+    The classes and the encoding may differ. Returns what the weights know of `classes`, in one line. Raises
+    CheckpointError if the networks do not fit.
     """
     path = Path(path)
     source = type(model).load(path) if path.suffix == ".safetensors" else import_pixnerd(path)
-    weights = widened(source.network, model.network)
+    weights, anew = fitted(source.network, model.network)
     if faults := tensor_faults(weights, model.network.state_dict()):
         raise CheckpointError(f"{path} has another network ({faults}); match --preset")
     model.network.load_state_dict(weights)
+
+    # A centroid follows from the encoding, the number of classes, and the place of the class among them.
+    theirs = list(source.info.classes)
+    new = [name for name in classes if name not in theirs]
+    same = 0
+    for label, name in enumerate(classes):
+        if name in theirs:
+            same += torch.equal(source.centroids[theirs.index(name)], model.centroids[label])
+    shown = ", ".join(new[:NAMES_SHOWN]) or "none"
+    more = f" + {len(new) - NAMES_SHOWN} more" if len(new) > NAMES_SHOWN else ""
+    known = f"{len(classes) - len(new)} of {len(classes)} classes are known by name"
+    return f"{known}, {same} with the same centroid; new: {shown}{more}{anew}"
 
 
 def read_pixnerd(path: str | Path) -> Network:
@@ -178,33 +194,43 @@ def count_blocks(shapes: dict[str, torch.Size], part: str) -> int:
     return len({match[1] for match in matches if match})
 
 
-def widened(source: Network, target: Network) -> dict[str, Tensor]:
-    """Return the weights of `source`, extended to more state channels and an image path as in `target`.
+def fitted(source: Network, target: Network) -> tuple[dict[str, Tensor], str]:
+    """Return the weights of `source` with the state channels and image path of `target`, and what is new.
 
-    Whatever is new starts at zero, so the velocity stays the same. A source that already uses the image is
-    returned as it is: it has to fit exactly.
+    Of a source that does not use the image yet, whatever is new starts at zero, so the velocity stays the
+    same. Otherwise, if the encoding differs, the layers that read or write the state are those of `target`.
     """
     weights = source.state_dict()
     own = target.state_dict()
-    image_path = [value for name, value in weights.items() if name.startswith(IMAGE_PATH)]
-    if any(value.any() for value in image_path):
-        return weights
+    before = source.config
+    now = target.config
+    more = now.encoding_dims - before.encoding_dims
+    blind = not any(value.any() for name, value in weights.items() if name.startswith(IMAGE_PATH))
+    new = ""
 
     # State channels are the first columns of what reads the state, and the rows of what writes it.
-    dims = source.config.encoding_dims
-    more = max(0, target.config.encoding_dims - dims)
-    state, position = weights["pixel_embed.weight"].split([dims, POSITION_COLUMNS], dim=1)
-    weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, more)), position], dim=1)
-    if target.config.tokens_of == "state":
-        area = target.config.patch_size**2
-        weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
-    weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, more))
-    weights["head.bias"] = F.pad(weights["head.bias"], (0, more))
+    if blind and more >= 0:
+        new = "new channels start at zero" if more else ""
+        state, position = weights["pixel_embed.weight"].split([before.encoding_dims, POSITION_COLUMNS], dim=1)
+        weights["pixel_embed.weight"] = torch.cat([F.pad(state, (0, more)), position], dim=1)
+        if now.tokens_of == "state":
+            area = now.patch_size**2
+            weights["patch_embed.weight"] = F.pad(weights["patch_embed.weight"], (0, more * area))
+        weights["head.weight"] = F.pad(weights["head.weight"], (0, 0, 0, more))
+        weights["head.bias"] = F.pad(weights["head.bias"], (0, more))
+    elif more or before.encoding != now.encoding:
+        new = "the layers that read or write the state start anew"
+        both_read = before.tokens_of == now.tokens_of == "state"
+        names = (*STATE_LAYERS, "patch_embed") if both_read else STATE_LAYERS
+        weights |= {name: value for name, value in own.items() if name.startswith(names)}
+    if new:
+        encodings = f"{before.encoding} in {before.encoding_dims} channels, now {now.encoding} in"
+        new = f"; the source is {encodings} {now.encoding_dims}: {new}"
 
     # The image encoder keeps its random start; the maps that let it act are zero.
-    for name, value in own.items():
+    for name, value in own.items() if blind else ():
         if name.startswith(("image_encoder", "vit.")):
             weights[name] = value
         elif name.startswith(IMAGE_PATH):
             weights[name] = torch.zeros_like(value)
-    return weights
+    return weights, new

@@ -191,8 +191,9 @@ def explain_failure(run, parts: list, generators: list[torch.Generator], failure
 
 def save(run) -> None:
     """Write all that the next step of a train.Run depends on, and its EMA, unless both are there already."""
-    if run.rank == 0 and run.saved != (run.step, run.validated):
-        if run.validated < run.step:
+    is_lost = not (run.folder / "last.safetensors").exists()
+    if run.rank == 0 and (is_lost or run.saved != (run.step, run.validated)):
+        if is_lost or run.validated < run.step:
             write_weights(run)
         at = (run.step, run.validated, run.best)
         save_state(run.folder, run.modules, run.optimizers, at, run.writer.write)

@@ -94,15 +94,16 @@ def replace_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[bool]:
     """Keep other processes from training in this folder; the system ends the lock with the process.
 
-    RunError names the process that is at work there. Where the file system has no locks, training goes on
-    without one.
+    Yields whether it is locked: some network shares, and Windows, have no locks. RunError names the process
+    that is at work there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link is never followed
     with os.fdopen(os.open(folder / ".lock", flags, 0o666), "r+", encoding="utf-8") as file:
+        is_locked = True
         try:
             import fcntl
 
@@ -112,12 +113,12 @@ def locked(folder: Path) -> Iterator[None]:
             fix = "wait for it, or choose another folder with --out"
             raise RunError(f"{folder} is in use by process {owner}; {fix}") from None
         except (ImportError, OSError):
-            pass
+            is_locked = False
         file.seek(0)
         file.truncate()
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        yield is_locked
 
 
 def newest_checkpoint(where: Path | None = None, command: str = "flowseg train") -> Path:
@@ -127,7 +128,9 @@ def newest_checkpoint(where: Path | None = None, command: str = "flowseg train")
     """
     if where and where.suffix and not where.is_dir():
         return where
-    found = list(where.glob("last.safetensors") if where else Path("runs").glob("*/last.safetensors"))
+    found = []
+    for name in ("last.safetensors", "best.safetensors"):
+        found += where.glob(name) if where else Path("runs").glob(f"*/{name}")
     if not found:
         raise RunError(f"no weights in {where or 'runs'}/: run `{command}`, or pass a checkpoint")
     newest = max(found, key=lambda path: path.stat().st_mtime)

@@ -18,6 +18,7 @@ from flowseg_tools.pretrained import start_from
 from flowseg_tools.runs import RunError
 from flowseg_tools.settings import command_for
 from flowseg_tools.state import STATE, Writer, load_state, share_state
+from flowseg_tools.terminal import printable
 from model import FlowSeg, ModelConfig
 
 
@@ -32,8 +33,9 @@ def open_splits(config, loud: Console) -> tuple[Dataset, Dataset]:
     return splits[0], splits[1]
 
 
-def make_model(config, network: ModelConfig, kind: type[FlowSeg], folder: Path) -> tuple[FlowSeg, str | Path]:
-    """The model of a new run, or of one that continues in `folder`, and what its weights are from."""
+def make_model(run, network: ModelConfig, kind: type[FlowSeg]) -> tuple[FlowSeg, str | Path]:
+    """The model of a run, new or to be continued, and what its weights are from."""
+    config = run.config
     torch.manual_seed(config.seed)
     model = (DinoFlowSeg if network.vit_width else kind)(network)
     origin: str | Path = "random weights"
@@ -41,9 +43,10 @@ def make_model(config, network: ModelConfig, kind: type[FlowSeg], folder: Path) 
         load_encoder(model.network, config.encoder)
     elif network.vit_width and (not config.init or config.init.endswith(".ckpt")):
         raise RunError(f"preset {config.preset} needs --encoder FILE; `flowseg download` lists DINOv2")
-    if config.init and not (folder / STATE).exists():
+    if config.init and not (run.folder / STATE).exists():
         origin = runs.newest_checkpoint(Path(config.init), command_for(config.init))
-        start_from(model, origin)
+        known = start_from(model, origin, run.data.labels.classes)
+        run.console.print(printable(f"{origin}: {known}"))
     return model, origin
 
 
@@ -66,7 +69,9 @@ def enter_folder(run, allow_changes: bool, stack: ExitStack) -> tuple[int, int, 
     if run.rank == 0:
         for change in runs.check(run.folder, settings, allow_changes):
             run.loud.print(f"warning: {run.folder}: {change}", style="yellow")
-        stack.enter_context(runs.locked(run.folder))
+        if not stack.enter_context(runs.locked(run.folder)):
+            hint = "start no second run there before this one ends"
+            run.loud.print(f"warning: {run.folder} cannot be locked: {hint}", style="yellow")
         at = load_state(run.folder, run.modules, run.optimizers, run.console)
     at = share_state(run.modules, run.optimizers, at)
     if at[0] > run.config.max_steps:

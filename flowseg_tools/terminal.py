@@ -73,7 +73,10 @@ def make_console(stderr: bool = False, quiet: bool = False) -> Console:
     """A console whose lines break at words where somebody watches, and stay whole in a file or a pipe."""
     stream = sys.stderr if stderr else sys.stdout
     watched = stream is not None and stream.isatty()
-    return Console(stderr=stderr, soft_wrap=not watched, highlight=False, markup=False, quiet=quiet)
+    width = None if watched else 10_000  # whatever $COLUMNS says, no cell of a table is cut in a file
+    return Console(
+        stderr=stderr, soft_wrap=not watched, width=width, highlight=False, markup=False, quiet=quiet
+    )
 
 
 def make_bar(console: Console) -> progress.Progress:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,6 +45,7 @@ def flowseg(*arguments, cwd):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
         patch.setenv("FLOWSEG_DATA", str(cwd / "no-data"))
+        patch.setenv("COLUMNS", os.environ.get("COLUMNS", "80"))  # main changes it: put back afterwards
         patch.setattr(sys, "argv", ["flowseg", *map(str, arguments)])
         patch.setattr(sys, "path", list(sys.path))
         with pytest.raises(SystemExit) as stop:
@@ -718,6 +720,45 @@ def test_bad_checkpoints_and_outputs_are_named(trained):
     fails(flowseg("eval", "--report", "no/where.json", cwd=cwd), 2, "no/where.json")
     fails(flowseg("train", "--out", "p.jpg", *QUICK, cwd=cwd), 2, "p.jpg", "--out")
     fails(flowseg("eval", "--dataset", "shapes", cwd=cwd), 2, "shapes has other classes", "--dataset")
+
+
+@pytest.mark.parametrize("lost", [("best",), ("last",), ("best", "last")], ids="+".join)
+def test_a_finished_run_that_lost_weights_is_used_with_what_is_left(trained, tmp_path, lost):
+    project = shutil.copytree(trained[0], tmp_path / "project")
+    folder = project / "runs" / "halves-tiny"
+    for name in lost:
+        (folder / f"{name}.safetensors").unlink()
+    result = flowseg("train", "--dataset", "halves", "--max-steps", 2, *QUICK, cwd=project)
+    assert result.returncode == 0, result.stderr
+    assert (folder / "last.safetensors").exists()
+    for file in result.stdout.splitlines()[0].partition(": ")[2].split(", "):
+        assert (folder / file).exists()
+    assert flowseg("info", folder, cwd=project).returncode == 0
+
+
+def test_damaged_weights_of_a_finished_run_are_one_line_whose_advice_works(trained, tmp_path):
+    project = shutil.copytree(trained[0], tmp_path / "project")
+    best = project / "runs" / "halves-tiny" / "best.safetensors"
+    best.write_bytes(best.read_bytes()[:-1])
+    again = ("train", "--dataset", "halves", "--max-steps", 2, *QUICK)
+    for command in (again, ("eval",), (*again, "-o", "other", "--init", "runs/halves-tiny")):
+        fails(flowseg(*command, cwd=project), 5, "best.safetensors is damaged", "move it away")
+    best.rename(project / "away")
+    for command in (again, ("eval",)):
+        assert flowseg(*command, cwd=project).returncode == 0
+
+
+@pytest.mark.parametrize("columns", ["0", "20", "40"])
+def test_a_narrow_window_cuts_nothing_in_a_pipe(tmp_path, monkeypatch, columns):
+    texts = []
+    for width in (None, columns):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if width:
+            monkeypatch.setenv("COLUMNS", width)
+        said = [flowseg(*words, cwd=tmp_path).stdout for words in (["info", "ade20k"], ["train", "-h"])]
+        texts.append(said)
+    assert texts[0] == texts[1]
+    assert "chest of drawers" in texts[1][0] and "--activation-checkpointing" in texts[1][1]
 
 
 def test_existing_outputs_and_the_photo_itself_are_never_overwritten(trained):

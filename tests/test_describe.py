@@ -1,5 +1,7 @@
 """describe.py and records.py: what is said of runs and machines; export.py: programs for other runtimes."""
 
+import errno
+import fcntl
 import json
 import shlex
 import subprocess
@@ -93,6 +95,15 @@ def test_a_run_that_another_process_works_on_is_running(folder):
         facts = describe.run(folder)
         process.communicate(b"\n")
     assert facts["state"] == "running" and facts["step"] == 6
+    assert describe.run(folder)["state"] != "running"
+
+
+def test_a_share_without_locks_does_not_make_a_run_look_busy(folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    (folder / ".lock").touch()
     assert describe.run(folder)["state"] != "running"
 
 

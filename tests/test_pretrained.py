@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from experiments.reference import Reference
 from flowseg_tools.pretrained import IMAGE_PATH, import_pixnerd, start_from
-from model import CheckpointError, FlowSeg, ModelConfig, Network
+from model import CheckpointError, FlowSeg, ModelConfig, Network, weights_hash
+from tests.conftest import untrained
 from train import resolve
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -328,14 +329,78 @@ def test_another_preset_is_one_line_that_names_the_first_mismatch(changes, tmp_p
     assert "\n" not in str(caught.value)
 
 
-def test_fewer_channels_and_trained_networks_need_an_equal_one(tmp_path):
-    torch.manual_seed(0)
-    FlowSeg(config_of(5, encoding_dims=8)).save(tmp_path / "wide.safetensors")
-    FlowSeg(config_of(5)).save(tmp_path / "seeing.safetensors")
-    start_from(FlowSeg(config_of(3)), tmp_path / "seeing.safetensors")
-    for name, dims in (("wide", 3), ("seeing", 8)):
-        with pytest.raises(CheckpointError, match="has another network"):
-            start_from(FlowSeg(config_of(5, encoding_dims=dims)), tmp_path / f"{name}.safetensors")
+def names(count):
+    return [f"class {i}" for i in range(count)]
+
+
+@pytest.mark.parametrize("tokens_of", ["image", "state"])
+@pytest.mark.parametrize(("before", "after"), [
+    ({"num_classes": 14}, {"num_classes": 150}), ({"num_classes": 150}, {"num_classes": 14}),
+    ({"num_classes": 14}, {"num_classes": 14, "encoding": "kronecker", "encoding_dims": 11}),
+], ids=["more", "fewer", "another encoding"])  # fmt: skip
+def test_a_trained_network_starts_one_of_another_encoding(before, after, tokens_of, tmp_path):
+    sizes = {**SMALL, "encoding": "coded", "encoding_dims": 0, "tokens_of": tokens_of}
+    source = untrained(ModelConfig(**sizes | before))
+    count = before["num_classes"]
+    source.save(tmp_path / "x.safetensors", classes=names(count), ids=list(range(count)))
+    model = FlowSeg(ModelConfig(**sizes | after))
+    fresh = {name: value.clone() for name, value in model.network.state_dict().items()}
+    said = start_from(model, tmp_path / "x.safetensors", names(after["num_classes"]))
+
+    # Only what has a row or a column for each channel of the state is new; everything else is the source's.
+    read = {"patch_embed.weight", "patch_embed.bias"} if tokens_of == "state" else set()
+    outer = {"pixel_embed.weight", "pixel_embed.bias", "head.weight", "head.bias", "token_to_velocity.weight"}
+    outer |= {f"image_to_velocity.{level}.weight" for level in range(2)} | read
+    theirs = source.network.state_dict()
+    for name, value in model.network.state_dict().items():
+        assert torch.equal(value, fresh[name] if name in outer else theirs[name]), name
+    assert "\n" not in said and "start anew" in said
+    assert f"{min(before['num_classes'], after['num_classes'])} of {after['num_classes']} classes" in said
+    assert ("class 18 + 131 more" in said) == (after["num_classes"] == 150)
+
+    # It learns: all that is new has a gradient, or waits for what it is multiplied with.
+    image = torch.rand(2, 3, 12, 20)
+    model.loss(image, torch.zeros(2, 12, 20, dtype=torch.long))[0].backward()
+    assert all(model.network.get_parameter(name).grad.any() for name in outer if "embed" not in name)
+
+
+def test_with_equal_channels_all_weights_are_kept_and_centroids_are_compared(tmp_path):
+    source = untrained(ModelConfig(5, **SMALL | {"encoding": "coded", "encoding_dims": 11}))
+    source.save(tmp_path / "x.safetensors", classes=names(5), ids=[1, 2, 3, 4, 5])
+    for classes, said in (
+        (names(5), "5 of 5 classes are known by name, 5 with the same centroid; new: none"),
+        (names(5)[::-1], "5 of 5 classes are known by name, 1 with the same centroid; new: none"),
+        (["x", *names(5)], "5 of 6 classes are known by name, 0 with the same centroid; new: x"),
+        (["x", "y"], "0 of 2 classes are known by name, 0 with the same centroid; new: x, y"),
+    ):
+        model = FlowSeg(ModelConfig(len(classes), **SMALL | {"encoding": "coded", "encoding_dims": 11}))
+        assert start_from(model, tmp_path / "x.safetensors", classes) == said
+        assert weights_hash(model) == weights_hash(source)
+
+
+@pytest.mark.parametrize("changes", [
+    {"hidden_size": 32}, {"depth": 1}, {"patch_size": 8}, {"num_heads": 1}, {"nerf_width": 16},
+    {"conv_width": 16}, {"nerf_depth": 1}, {"tokens_of": "image"},
+], ids=str)  # fmt: skip
+def test_another_size_is_an_error_also_where_the_encoding_differs(changes, tmp_path):
+    coded = {**SMALL, "encoding": "coded", "encoding_dims": 0}
+    untrained(ModelConfig(14, **coded)).save(tmp_path / "x.safetensors")
+    model = FlowSeg(ModelConfig(150, **coded | changes))
+    before = weights_hash(model)
+    with pytest.raises(CheckpointError, match=r"has another network .*match --preset"):
+        start_from(model, tmp_path / "x.safetensors")
+    assert weights_hash(model) == before
+
+
+def test_a_network_that_does_not_see_starts_one_of_fewer_channels_that_learns_to(tmp_path):
+    network = drawn(Network, config_of(encoding_dims=8))
+    for name, value in network.named_parameters():
+        if name.startswith(IMAGE_PATH):
+            value.data.zero_()
+    FlowSeg(network.config, network).save(tmp_path / "wide.safetensors")
+    model = FlowSeg(config_of(5))
+    assert "start anew" in start_from(model, tmp_path / "wide.safetensors")
+    assert all(value.any() for value in model.network.image_encoder.parameters() if value.ndim > 1)
 
 
 # ---------------------------------------------------------------- the published sizes

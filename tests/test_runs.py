@@ -1,5 +1,7 @@
 """Runs that are left alone: killed, told to stop, spread over processes, compiled, in bfloat16."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -442,6 +444,19 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, holder):
     holder.wait()
     assert (tmp_path / "run" / ".lock").exists()
     assert run(tmp_path / "run", max_steps=1) == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_share_without_locks_is_said_and_training_goes_on(tmp_path, monkeypatch, capsys, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(ShapesDataset, "__len__", lambda self: 1)
+    assert run(tmp_path / "run", max_steps=1) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if "cannot be locked" in line]) == 1
 
 
 def test_the_lock_is_given_back(tmp_path):
