@@ -68,7 +68,7 @@ def step_of(name: str, folder: Path) -> dict[str, torch.Tensor]:
     model.network.activation_checkpointing = config.activation_checkpointing
     alignment = None
     if config.teacher:
-        alignment = Alignment(model.network, folder / config.teacher, 8, 0.5)
+        alignment = Alignment(model.network, folder / Path(config.teacher).name, 8, 0.5)
     objective = Objective(model, alignment)
     names = {parameter: name for name, parameter in objective.named_parameters()}
     optimizers = training.make_optimizers(objective, config)

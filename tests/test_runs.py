@@ -476,7 +476,7 @@ from rich.console import Console
 import train as training
 from data import ShapesDataset
 from flowseg_tools import runs
-from model import FlowSeg
+from flowseg_tools.dinov2 import DinoFlowSeg
 from tests import test_runs
 
 ShapesDataset.__len__ = lambda self: test_runs.SCENES if self.split != "training" else 1_000_000
@@ -484,7 +484,7 @@ folder, settings = Path(sys.argv[1]), sys.argv[2].split()
 real = runs.dist.destroy_process_group
 
 def score_first():  # the weights of the other run, while the processes still know each other
-    model = FlowSeg.load(folder.parent / "one" / "last.safetensors")
+    model = DinoFlowSeg.load(folder.parent / "one" / "last.safetensors")
     metrics, _ = training.evaluate(model, ShapesDataset("validation"), 32, 2)
     if runs.process()[0] == 0:
         (folder / "confusion.json").write_text(json.dumps(metrics.confusion.tolist()))
