@@ -373,7 +373,7 @@ class FlowSeg(nn.Module):
         features = self.network.encode_image(image)
         loss, stats, x1_hat = self._loss_at(x0, torch.zeros_like(t), features, labels, count)
 
-        # The second state of a random share of the images, which speak for all.
+        # The second state of a random share of the images; it counts like any other.
         if len(chosen):
             t = t[chosen]
             x_t = x0[chosen].lerp(x1_hat[chosen], 1 - time_left(t))
