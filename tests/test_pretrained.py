@@ -287,7 +287,8 @@ def test_a_model_of_more_channels_and_with_an_encoder_starts_as_the_public_netwo
     encoder = {
         name: p.clone() for name, p in model.network.named_parameters() if name.startswith("image_encoder")
     }
-    start_from(model, path)
+    said = start_from(model, path)
+    assert ("new channels start at zero" in said) == (model.config.encoding_dims > 3)
     x, t, image = torch.randn(2, model.config.encoding_dims, 12, 20), torch.rand(2), torch.rand(2, 3, 12, 20)
     with torch.no_grad():
         v = model.network(x, t, model.network.encode_image(image))
