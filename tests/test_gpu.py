@@ -198,9 +198,9 @@ def state_of(seed: int, steps: int) -> tuple[FlowSeg, list[torch.optim.Optimizer
 
 def share_and_keep(folder: str) -> None:
     """Begin with other weights in every process, and only the first with moments; keep what all have then."""
+    rank = int(os.environ["RANK"])
+    model, optimizers = state_of(seed=rank, steps=1 if rank == 0 else 0)  # alone: a step is not shared
     with runs.process_group(CPU):
-        rank, _ = runs.process()
-        model, optimizers = state_of(seed=rank, steps=1 if rank == 0 else 0)
         at = share_state({"model": model}, optimizers, (7, 5, 0.5) if rank == 0 else (0, 0, -1.0))
         assert at == (7, 5, 0.5)
         save_state(Path(folder) / str(rank), {"model": model}, optimizers, at)
