@@ -326,7 +326,7 @@ def part_training(tiny: bool) -> dict:
         finally:
             ShapesDataset.__len__ = real_length
             predict.in_bfloat16 = chosen
-        lines = records.Log(run, False, Console(quiet=True)).lines()
+        lines = records.read_log(run)
         losses = [line["loss"] for line in lines if "loss" in line]
         return {"seconds": took, "first loss": losses[0], "last loss": losses[-1], **scores}
 
