@@ -126,7 +126,8 @@ def network_of(setting: str, tiny: bool) -> tuple[nn.Module, nn.Module]:
 
 def network_step(network: nn.Module, encoder: nn.Module, tiny: bool) -> Callable:
     """Forward and backward of 4 images of 256 x 256, given what the image adds."""
-    B, side, dims = (1, 32, 19) if tiny else (4, 256, 19)
+    B, side = (1, 32) if tiny else (4, 256)
+    dims = encoder.config.encoding_dims
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(B, 3, side, side, generator=generator) * 2 - 1
     x = torch.randn(B, dims, side, side, generator=generator)

@@ -674,8 +674,10 @@ def test_the_same_bytes_alone_in_a_folder_in_any_order_and_with_more_threads(her
     finally:
         torch.set_num_threads(threads)
     assert digests(here.folder / "reversed") == digests(here.folder / "alone") == expected
-    with_threads = digests(here.folder / "threads")  # sums in another order may round a state differently
-    same = [name for name in expected if "trajectory" not in name]
+    with_threads = digests(here.folder / "threads")  # sums in another order may round a grey differently
+    rounded = ("trajectory", "confidence", "entropy")
+    same = [name for name in expected if not any(kind in name for kind in rounded)]
+    assert len(same) == 3 * 2
     assert {name: with_threads[name] for name in same} == {name: expected[name] for name in same}
 
 
