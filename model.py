@@ -859,7 +859,7 @@ class Network(nn.Module):
 
 # 5 Files: weights as .safetensors, with metadata as JSON strings -----------------------------------------
 
-FORMAT = "flowseg-2"
+FORMAT = "flowseg-3"
 HEX_COLOR = re.compile("#[0-9a-f]{6}")
 
 

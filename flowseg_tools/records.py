@@ -97,9 +97,8 @@ def remembered(run) -> Iterator[None]:
         return
 
     def write(event: str) -> None:
-        flags = (
-            os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-        )  # a link is never followed
+        # A link of that name is never followed.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
         with (
             suppress(OSError),
             open(os.open(run.folder / HISTORY, flags, 0o666), "a", encoding="utf-8") as file,

@@ -323,11 +323,7 @@ def test_at_the_start_tokens_of_the_image_are_those_of_the_state():
     """There the state is the image, so both kinds of tokens give the same velocity."""
     theirs = drawn(small(tokens_of="state")).network
     ours = drawn(small(tokens_of="image")).network
-    ours.load_state_dict(theirs.state_dict())
-    for level in theirs.image_to_velocity:
-        torch.nn.init.zeros_(level.weight)  # the coarse velocity is enlarged in one go, or level by level
-    for network in (ours, theirs):
-        torch.nn.init.zeros_(network.token_to_velocity.weight)
+    torch.nn.init.zeros_(theirs.token_to_velocity.weight)  # it is enlarged in one go, or level by level
     ours.load_state_dict(theirs.state_dict())
     image, _ = batch()
     velocities = [n(image, torch.zeros(2), n.encode_image(image)) for n in (ours, theirs)]
