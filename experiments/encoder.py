@@ -1,6 +1,6 @@
 """Do the features of a trained vision transformer arrive in the image path?
 
-    python -m experiments.encoder DIR [--steps N] [--data NAME ...] [--root DIR]
+    python -m experiments.encoder DIR [--steps N] [--data NAME ...] [--root DIR] [--crop-size N]
 
 A small vision transformer in the public format is trained by `flowseg train --finetune-encoder` on `shapes`
 (14 classes) and saved as .pth. Frozen, it is then the encoder of other data sets, beside the same transformer
@@ -21,7 +21,6 @@ from flowseg_tools.dinov2 import DinoV2
 
 PREFIX = "network.vit."
 VIT = {"hidden_size": 96, "depth": 4, "num_heads": 6, "mlp_size": 384, "patch_size": 8, "grid_size": 8}
-COMMON = ["--crop-size", "64", "--set", "log_every=50"]
 
 
 def write_untrained(path: Path) -> None:
@@ -44,7 +43,7 @@ def write_trained(path: Path, checkpoint: Path) -> None:
 
 def train(folder: Path, *words: str) -> float:
     """Train a run to its end, or take it as it is; its last validation mIoU."""
-    command = [sys.executable, "-m", "flowseg", "train", "--quiet", "-o", str(folder), *COMMON, *words]
+    command = [sys.executable, "-m", "flowseg", "train", "--quiet", "-o", str(folder), *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["mIoU"] for line in lines if "mIoU" in line][-1]
@@ -60,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="of every row")
     parser.add_argument("--data", nargs="*", default=["shapes-fine"])
     parser.add_argument("--root", default="")
+    parser.add_argument("--crop-size", type=int, default=64, help="of every row; the transformer's own is 64")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
@@ -68,8 +68,8 @@ def main() -> None:
     # With a narrow convolutional path most of what is learned has to be learned by the transformer.
     if not untrained.exists():
         write_untrained(untrained)
-    steps = ["--max-steps", str(given.vit_steps), "--set", "eval_every=400", "--set", "conv_width=8"]
-    score = train(given.folder / "shapes", "--encoder", str(untrained), "--finetune-encoder", *steps)
+    own = ["--encoder", str(untrained), "--finetune-encoder", "--set", "conv_width=8", "--crop-size", "64"]
+    score = train(given.folder / "shapes", *own, "--max-steps", str(given.vit_steps))
     write_trained(trained, given.folder / "shapes/best.safetensors")
     print(f"the transformer's own training on shapes: {score:.1%}", flush=True)
 
@@ -82,9 +82,9 @@ def main() -> None:
         for name, encoder in encoders.items():
             scores = []
             for seed in range(given.seeds):
-                words = ["--dataset", data, "--seed", str(seed), "--max-steps", str(given.steps), *encoder]
+                words = ["--dataset", data, "--seed", str(seed), "--crop-size", str(given.crop_size)]
+                words += ["--max-steps", str(given.steps), "--eval-every", str(given.steps), *encoder]
                 words += ["--root", given.root] if given.root else []
-                words += ["--set", f"eval_every={given.steps}"]
                 scores.append(train(given.folder / f"{data}-{name}-{seed}", *words))
             mean = sum(scores) / len(scores)
             print(f"{data} {name}: {mean:.1%} ({', '.join(f'{s:.1%}' for s in scores)})", flush=True)
