@@ -393,9 +393,6 @@ def main() -> None:
         setattr(sys, name, terminal.Steady(getattr(sys, name)))
     if not sys.stdout.isatty():
         os.environ["COLUMNS"] = "100"  # not of a window that does not show this: the help is cut in fewer
-    for i, word in enumerate(sys.argv[:-1]):
-        if word == "--json" and sys.argv[i + 1].endswith(".json"):
-            sys.argv[i] = "--report"  # its earlier name, which scripts may still use
     try:
         code = app(prog_name="flowseg", standalone_mode=False)
     except KeyboardInterrupt:

@@ -525,6 +525,7 @@ def train(
         stack.enter_context(records.remembered(run))
         bar = stack.enter_context(make_bar(console))
         stop = loop(run, signals, bar)
+        del run  # DDP must be gone before the group of processes ends
     return 128 + stop if stop else 0
 
 

@@ -9,6 +9,8 @@
 state.py writes and reads the states.
 """
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -132,7 +134,8 @@ def newest_checkpoint(where: Path | None = None, command: str = "flowseg train")
     for name in ("last.safetensors", "best.safetensors"):
         found += where.glob(name) if where else Path("runs").glob(f"*/{name}")
     if not found:
-        raise RunError(f"no weights in {where or 'runs'}/: run `{command}`, or pass a checkpoint")
+        other = "pass another folder or a checkpoint" if where else "name a checkpoint with -c"
+        raise RunError(f"no weights in {where or 'runs'}/: run `{command}`, or {other}")
     newest = max(found, key=lambda path: path.stat().st_mtime)
     best = newest.with_name("best.safetensors")
     return best if best.exists() else newest
@@ -241,7 +244,12 @@ def summed(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun has started; without torchrun do nothing."""
+    """Join the processes that torchrun has started; without torchrun do nothing.
+
+    What uses the group, as DDP does, is to be gone at the end. Threads of gloo need Python's lock to let go
+    of tensors: they must not outlive the group, where one may abort a process that ends, and DDP must not
+    wait for them, since it holds that lock when it goes.
+    """
     if from_torchrun("WORLD_SIZE", 1) == 1 or "RANK" not in os.environ:
         yield
         return
@@ -250,6 +258,7 @@ def process_group(device: torch.device) -> Iterator[None]:
             "$WORLD_SIZE and $RANK are set, $MASTER_ADDR is not; start with torchrun, or unset them"
         )
     from_torchrun("RANK", 0)
+    importlib.import_module("torch._dynamo")  # imported within a group, as by DDP, it would keep it
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
@@ -258,6 +267,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # DDP, whose parts refer to each other
         dist.destroy_process_group()
 
 

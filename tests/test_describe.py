@@ -171,6 +171,21 @@ def test_a_program_gives_the_ids_of_the_model(small, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_program_in_onnx_gives_the_ids_of_the_model(small, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file = tmp_path / "small.onnx"
+    check_output(file, force=False)
+    assert export(small, file, 40, 24, 2) > 0.999
+    photo = torch.randint(256, (24, 40, 3), dtype=torch.uint8)
+    session = runtime.InferenceSession(file)
+    ids = session.run(None, {session.get_inputs()[0].name: photo.numpy()})[0]
+    image = photo.movedim(-1, 0)[None] / 127.5 - 1
+    assert (torch.from_numpy(ids) == small.segment(image, 2)[0]).float().mean() > 0.999
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+
+
+@pytest.mark.slow
 def test_a_program_that_differs_from_the_model_is_not_kept(small, tmp_path, monkeypatch):
     load = torch.export.load
 

@@ -492,6 +492,10 @@ def score_first():  # the weights of the other run, while the processes still kn
 
 runs.dist.destroy_process_group = score_first
 test_runs.run(folder, *settings)
+
+# No thread of the group outlives it: it could abort the process when Python ends.
+left = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in left), left
 """
 
 
