@@ -53,8 +53,9 @@ VARIANTS = {
     "an image without labels": (),
     "adamw": ("optimizer=adamw",),
     "compiled": ("compile=true",),
+    "rounded": ("gradient_dtype=bfloat16",),
 }
-QUICK = [name for name in VARIANTS if name != "compiled"]
+QUICK = [name for name in VARIANTS if name not in ("compiled", "rounded")]
 
 
 def step_of(name: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -143,6 +144,16 @@ def compare(folder: Path, count: int, variants: list[str], close: float = 1e-6) 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_take_the_step_of_one(tmp_path, count):
     compare(tmp_path, count, QUICK)
+
+
+@pytest.mark.slow
+def test_gradients_may_travel_in_bfloat16(tmp_path):
+    together(2, f"from tests.test_gpu import take_steps; take_steps({str(tmp_path)!r}, ['plain', 'rounded'])")
+    exact, rounded = (load_file(tmp_path / f"2 {name}.safetensors") for name in ("plain", "rounded"))
+    gradients = [name for name in exact if name.startswith("gradient")]
+    differences = torch.stack([(exact[name] - rounded[name]).norm() for name in gradients])
+    share = differences.norm() / torch.stack([exact[name].norm() for name in gradients]).norm()
+    assert 1e-4 < share < 1e-2
 
 
 @pytest.mark.slow
