@@ -159,7 +159,7 @@ def main(
         lines[name] = curve(folders[0])
     text = table(results, steps)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    draw.save(out / "curves.png", draw.curves(lines, "step", "validation mIoU"))
+    draw.save(out / "curves.png", draw.plots({"validation mIoU": lines}, "step", 540))
     print(text)
 
 

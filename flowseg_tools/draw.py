@@ -441,11 +441,6 @@ def training_curves(log: Sequence[Mapping]) -> Image.Image:
     return plots(panels or {"nothing was logged": {"": [(0, 0)]}}, "step", height=300)
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> Image.Image:
-    """A plot of named lines of points (x, y), both axes from zero, 900 x 540 pixels."""
-    return plots({ylabel: series}, xlabel, height=540)
-
-
 def plots(panels: Mapping[str, Mapping], xlabel: str, height: int) -> Image.Image:
     """Plots below each other, 900 pixels wide, with one axis of x; panels: {title: {name: points (x, y)}}."""
     # They are drawn three times as large and reduced, which makes the lines smooth.

