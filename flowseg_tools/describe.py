@@ -45,10 +45,9 @@ def machine(root: Path | None = None) -> dict:
 def checkpoint(path: Path) -> dict:
     """What weights say of themselves, after all of them were read and found whole."""
     model = DinoFlowSeg.load(path)
-    count = sum(parameter.numel() for parameter in model.parameters())
     return {
         "checkpoint": str(path),
-        "parameters": count,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **asdict(model.info),
         "config": asdict(model.config),
     }

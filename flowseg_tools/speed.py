@@ -104,5 +104,5 @@ def distribute(
 
 
 def send_in_bfloat16(group, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """PyTorch's own hook, which under its own name is refused for gloo, though gloo can send it."""
+    """PyTorch's hook, which under its own name is refused for gloo, though gloo can do it."""
     return bf16_compress_hook(group, bucket)
