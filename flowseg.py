@@ -203,6 +203,8 @@ def evaluate(
     else:
         classes = sort_classes(facts["classes"], options.COLUMNS[sort]) if sort != "id" else facts["classes"]
         terminal.print_scores(out, facts, classes)
+    if report and not quiet:
+        err.print(terminal.printable(f"report: {report}"))
 
 
 @app.command(epilog=options.examples("segment"))

@@ -798,9 +798,8 @@ class Network(nn.Module):
         """The transformer on a grid of patches with pixels (B, L, P P, C) and what is added to their tokens
         (B, L, D), under the condition of the time's embedding (B, D) -> tokens (B, L, D)."""
         channels = pixels.shape[-1]
-        weight = (
-            self.patch_embed.weight.unflatten(1, (channels, -1)).transpose(1, 2).flatten(1)
-        )  # pixels first
+        weight = self.patch_embed.weight.unflatten(1, (channels, -1))
+        weight = weight.transpose(1, 2).flatten(1)  # pixels first
         tokens = F.linear(pixels.flatten(2), weight, self.patch_embed.bias) + tokens
         condition = F.silu(time + self.null_class)
         cos, sin = rotary_angles(*grid, self.config.hidden_size // self.config.num_heads, pixels.device)

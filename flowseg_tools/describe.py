@@ -27,11 +27,8 @@ def machine(root: Path | None = None) -> dict:
     facts["cores"] = os.cpu_count()
     with suppress(AttributeError, ValueError, OSError):  # Windows does not say it in this way
         facts["memory_gb"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        gpus.append(f"{properties.name} ({properties.total_memory / 1e9:.0f} GB)")
-    facts["gpus"] = gpus
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    facts["gpus"] = [f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus]
     facts["device"] = str(runs.pick_device())
     facts["data root"] = str(root)
     facts["data sets"] = sorted(path.name for path in root.glob("[!.]*/") if path.name != "weights")

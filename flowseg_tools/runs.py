@@ -68,10 +68,13 @@ def check(folder: Path, config: dict[str, dict], allow_changes: bool) -> list[st
         for group, settings in config.items():
             for name, value in settings.items():
                 before = stored[group].get(name)
-                if before == value or (name in MAY_GROW and value > before):
+                if before == value:
                     continue
-                changes.append(f"{name} was {before!r}, now {value!r}")
-                refused |= name not in said
+                change = f"{name} was {before!r}, now {value!r}"
+                if name == "max_steps":
+                    change += f" (the learning rate falls until step {value})"
+                changes.append(change)
+                refused |= name not in said and not (name in MAY_GROW and value > before)
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise RunError(f"{path} cannot be used ({reason}); choose another folder with --out") from error

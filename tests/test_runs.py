@@ -294,9 +294,10 @@ def test_changed_options_need_permission(tmp_path):
     assert run(tmp_path / "run", max_steps=2, lr=0.002) == 0  # the new options are the run's own from then on
 
 
-def test_more_steps_continue_a_run_and_need_no_permission(tmp_path):
+def test_more_steps_continue_a_run_and_need_no_permission(tmp_path, capsys):
     run(tmp_path / "run", max_steps=2)
     assert run(tmp_path / "run", max_steps=4) == 0
+    assert "max_steps was 2, now 4" in capsys.readouterr().err  # and so is the schedule of the learning rate
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
     assert FlowSeg.load(tmp_path / "run" / "last.safetensors").info.step == 4
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["max_steps"] == 4
