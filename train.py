@@ -55,7 +55,7 @@ class TrainConfig:
     init: str = ""  # weights or run directory to start from
     seed: int = 0
     # How long, on how much at a time.
-    max_steps: int = 600
+    max_steps: int = 540
     batch_size: int = 8  # images per training step, over all processes
     grad_accum_steps: int = 1  # parts that a process splits its share of the batch into, to save memory
     crop_size: int = 96  # side of the training crop; evaluation resizes the short side to it
@@ -72,8 +72,8 @@ class TrainConfig:
     repa_depth: int = 8  # blocks before the tokens that are aligned; all blocks of a shallower network
     repa_weight: float = 0.5
     # When something else than a step is done.
-    eval_every: int = 200
-    save_every: int = 200
+    eval_every: int = 180
+    save_every: int = 180
     save_minutes: float = 0.0  # also save when so many minutes have passed; 0: never
     log_every: int = 25
     # How it is computed, which does not change what is computed.
