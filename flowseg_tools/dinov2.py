@@ -147,9 +147,9 @@ def dinov2_sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str,
 
 def dino_input(image: Tensor, size: list[int]) -> Tensor:
     """Normalise images (B, 3, H, W) in [-1, 1] as DINOv2 was trained, at this height and width in pixels."""
-    mean = image.new_tensor(IMAGENET_MEAN)[:, None, None]
-    std = image.new_tensor(IMAGENET_STD)[:, None, None]
-    return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
+    colors = zip(((image + 1) / 2).unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    normal = [(color - mean) / std for color, mean, std in colors]  # tensors of them would be sent to a GPU
+    return F.interpolate(torch.stack(normal, 1), size=size, mode="bicubic")
 
 
 def teacher_input(image: Tensor, patch_size: int, teacher_patch: int = 14) -> Tensor:
