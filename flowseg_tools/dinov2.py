@@ -248,13 +248,8 @@ class Alignment(nn.Module):
         self.teacher = (teacher,)  # in a tuple nn.Module does not see it, so it is not trained or saved
         self.patch_size = network.config.patch_size
         self.weight = weight
-        self.projector = nn.Sequential(
-            nn.Linear(network.config.hidden_size, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-        ).to(device)
+        layers = [nn.Linear(network.config.hidden_size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        self.projector = nn.Sequential(*layers, nn.Linear(width, width)).to(device)
         last = min(depth, len(network.blocks)) - 1
         self.tokens: Tensor | None = None
         network.image_encoder.register_forward_hook(self.forget)
