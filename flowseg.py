@@ -86,6 +86,7 @@ def train(
     optimizer: options.Optimizer = None,
     lr: options.LearningRate = None,
     warmup_steps: options.WarmupSteps = None,
+    activation_checkpointing: options.ActivationCheckpointing = False,
     seed: options.Seed = None,
     out_dir: options.OutDir = None,
     config_file: options.ConfigFile = None,
@@ -93,7 +94,6 @@ def train(
     save_every: options.SaveEvery = None,
     dtype: options.Dtype = None,
     compile: options.Compile = None,
-    activation_checkpointing: options.ActivationCheckpointing = False,
     deterministic: options.Deterministic = False,
     tensorboard: options.Tensorboard = False,
     allow_changes: options.AllowChanges = False,
@@ -237,12 +237,8 @@ def segment(
 
     photos, refused = tool.find_photos(paths, output)
     output, single = tool.choose_output(paths, len(photos), output, labelmap)
-    wishes = {
-        "overlay.png": overlay, "confidence.png": confidence, "confidence-map.png": confidence,
-        "entropy.png": entropy, "entropy-map.png": entropy,
-        "trajectory.png": trajectory, "trajectory.gif": trajectory,
-    }  # fmt: skip
-    kinds = [kind for kind, wish in wishes.items() if wish]
+    wishes = {"overlay": overlay, "confidence": confidence, "entropy": entropy, "trajectory": trajectory}
+    kinds = [kind for kind, option in tool.KINDS.items() if wishes[option]]
     tasks = [*tool.plan(photos, output, single, kinds, force, by_stem=labelmap), *refused]
     tool.check_outputs(tasks, report)
     model = load(weights, device, quiet)

@@ -88,7 +88,7 @@ class ModelConfig:
             expected = f"a multiple of 4 x {self.num_heads} heads"
             raise ValueError(f"hidden_size is {self.hidden_size}; expected {expected}")
         if self.encoding == "coded" and not self.num_classes <= 2 ** (self.encoding_dims - 3) <= 2**16:
-            expected = f"at most 19, and enough for {self.num_classes} words of encoding_dims - 3 bits"
+            expected = f"{3 + (self.num_classes - 1).bit_length()} to 19 for {self.num_classes} classes"
             raise ValueError(f"encoding_dims is {self.encoding_dims}; expected {expected}")
 
 

@@ -195,12 +195,7 @@ def describe(
     table = parts[0].labels
     rows = zip(table.classes, table.ids, strict=True)
     classes = [{"id": k, "raw": raw, "name": name} for k, (name, raw) in enumerate(rows)]
-    facts = {
-        "name": dataset,
-        "classes": classes,
-        "ignore": table.ignore,
-        "splits": {},
-    }
+    facts = {"name": dataset, "classes": classes, "ignore": table.ignore, "splits": {}}
     checker = Checker(track)
     for part in parts:
         part.max_pixels = max_pixels or MAX_PIXELS

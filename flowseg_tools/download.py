@@ -313,11 +313,7 @@ def fetch(item: Item, path: Path, max_bytes: int | None, console: Console) -> No
             try:
                 receive(item, path, file, limit, show)
                 break
-            except (
-                ValueError,
-                OverflowError,
-                InvalidURL,
-            ) as error:  # an address or a header that makes no sense
+            except (ValueError, OverflowError, InvalidURL) as error:  # an address or header without sense
                 raise DownloadError(f"{item.url}: {error}; {OTHER_SOURCE}") from error
             except (URLError, HTTPException, ConnectionError, TimeoutError) as error:
                 code = getattr(error, "code", None)

@@ -45,14 +45,14 @@ _font_file: Path | None = None
 
 
 def use_font(path: Path) -> None:
-    """Write all text in the font of a .ttf or .otf file."""
+    """Write all text in the font of a .ttf or .otf file. ValueError: it is none."""
     global _font_file
     if not path.is_file():  # a pipe is not opened
-        raise PictureError(f"--font {path}: no regular file; expected a .ttf, .otf or .ttc file")
+        raise ValueError(f"{path}: no regular file; expected a .ttf, .otf or .ttc file")
     try:
         ImageFont.truetype(path, 12)
     except OSError as error:
-        raise PictureError(f"--font {path}: {error}; expected a .ttf, .otf or .ttc file") from error
+        raise ValueError(f"{path}: {error}; expected a .ttf, .otf or .ttc file") from error
     _font_file = path
 
 

@@ -89,7 +89,10 @@ def use_font(file: Path | None) -> None:
     if file:
         from flowseg_tools import draw
 
-        draw.use_font(file)
+        try:
+            draw.use_font(file)
+        except ValueError as error:
+            raise BadParameter(str(error)) from None
 
 
 Text = str | None
@@ -128,7 +131,8 @@ SETS = "shapes (built in), a data set's name, or a folder."
 Dataset = Annotated[Text, field(DATA, "NAME|DIR", SETS, "dataset")]
 LOADERS = "Processes that load images; -1: up to 8 on CUDA, else none."
 Workers = Annotated[Number, field(DATA, "N", LOADERS, "num_workers", "--workers", least=-1)]
-Preset = Annotated[Text, field(MODEL, "NAME", f"{names_in('presets')}.", "preset")]
+PRESETS = f"{names_in('presets')}; the defaults shown here are tiny's."
+Preset = Annotated[Text, field(MODEL, "NAME", PRESETS, "preset")]
 Init = Annotated[File, value(MODEL, "FILE|DIR", "Weights to start from.", default="random weights")]
 Encoder = Annotated[File, field(MODEL, "FILE", "DINOv2 weights for the image path.", "encoder")]
 FinetuneEncoder = Annotated[
@@ -138,7 +142,8 @@ Teacher = Annotated[File, field(MODEL, "FILE", "DINOv2 weights to align the toke
 
 Objective = Annotated[Text, field(METHOD, "NAME", "reshaped or vanilla.", "objective")]
 Encoding = Annotated[Text, field(METHOD, "NAME", "Centroids: coded or kronecker.", "encoding")]
-Dims = Annotated[Number, field(METHOD, "N", "Channels of the state.", "encoding_dims", "--dims", least=3)]
+DIMS = "Channels of the state; 0: 11 up to 16 classes, else 19; 3 if kronecker."
+Dims = Annotated[Number, field(METHOD, "N", DIMS, "encoding_dims", "--dims", least=0)]
 Tau = Annotated[Real, field(METHOD, "X", "Temperature of the potential.", "tau")]
 EPS = "Softening of the potential, in squared distances of the nearest two centroids."
 Eps = Annotated[Real, field(METHOD, "X", EPS, "eps")]
@@ -170,7 +175,7 @@ Dtype = Annotated[Text, value(RUN, "NAME", "float32 or bfloat16.", default="bflo
 COMPILE = "Compile the network first (a minute or two); on by default on CUDA."
 Compile = Annotated[bool | None, flag(RUN, COMPILE, "--compile/--no-compile")]
 ActivationCheckpointing = Annotated[
-    bool, flag(RUN, "Recompute activations: slower, far less memory.", "--activation-checkpointing")
+    bool, flag(TRAINING, "Recompute activations: slower, far less memory.", "--activation-checkpointing")
 ]
 Deterministic = Annotated[bool, flag(RUN, "Give the same bits again on a GPU.", "--deterministic")]
 Tensorboard = Annotated[bool, flag(RUN, "Also write a log for TensorBoard.", "--tensorboard")]
@@ -222,8 +227,7 @@ Download = Annotated[Text, Argument(metavar="NAME", help=THINGS, show_default=Fa
 Sources = Annotated[Files, value(DATA, "PATH|URL", "A file on disk, or a mirror; may be repeated.", "--from")]
 Sha256 = Annotated[Text, value(DATA, "DIGEST", "Pin a file for which none is published.")]
 MaxBytes = Annotated[
-    Number,
-    value(DATA, "N", "Largest file that is accepted.", default="a tenth more than published", least=1),
+    Number, value(DATA, "N", "Largest file that is accepted.", default="a tenth more than published", least=1)
 ]
 Plan = Annotated[bool, flag(RUN, "Say what, from where and how much.", "--dry-run")]
 KeepArchive = Annotated[bool, flag(RUN, "Keep the archive after unpacking it.", "--keep-archive")]
@@ -239,10 +243,7 @@ EXAMPLES = {
         "flowseg train --dataset my-data --preset small",
         "flowseg train --config runs/my-data-small --lr 1e-3 -o runs/slower",
     ],
-    "eval": [
-        "flowseg eval --sort iou",
-        "flowseg eval runs/my-data-small --split test --report scores/",
-    ],
+    "eval": ["flowseg eval --sort iou", "flowseg eval runs/my-data-small --split test --report scores/"],
     "segment": [
         "flowseg segment photo.jpg --overlay",
         "flowseg segment holiday/ -o masks/ -c runs/my-data-small",

@@ -32,10 +32,11 @@ def write_report(
     facts["worst"] = []
     for iou, index in sorted(scored)[:worst]:
         photo, raw, name = dataset.read(index)
-        facts["worst"].append({"image": name, "IoU": iou})
+        picture = str(dataset.pairs[index][0]) if isinstance(dataset, FolderDataset) else name
+        facts["worst"].append({"image": picture, "IoU": iou})
         if target.suffix != ".json":
             truth = dataset.labels.to_train(raw, name)
-            title = f"{'/'.join(Path(name).parts[-2:])}: IoU {iou:.1%}"
+            title = f"{'/'.join(Path(picture).parts[-2:])}: IoU {iou:.1%}"
             sheets.append(error_sheet(title, photo, truth, predict(photo)[0], classes, palette))
 
     text = json.dumps(facts, indent=2, allow_nan=False) + "\n"

@@ -25,14 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 
 from data import FOREIGN, FORMATS, MAX_PIXELS, SUFFIXES, PictureError, read_photo, scan
 from flowseg_tools import draw
 from flowseg_tools.predict import Mode, assign_photo, decode, to_input
 from flowseg_tools.report import check_writable
 from flowseg_tools.runs import RunError, replace_text
-from flowseg_tools.terminal import describe_error, printable
+from flowseg_tools.terminal import describe_error, make_bar, printable
 from model import FlowSeg
 
 Photo = Path | str  # a file, or "-", which is standard input
@@ -40,8 +39,14 @@ NETWORK = Lock()  # one photo at a time: the network uses all cores by itself
 THREADS = 3  # photos in hand at a time: one in the network, others are read or written
 SMALL_PIXELS = 16_000_000  # of larger photos only one is in hand at a time: a pixel takes some 12 bytes
 LARGE = Lock()
+KINDS = {  # what can go beside a mask, by the end of its name, and the option that asks for it
+    "overlay.png": "overlay", "confidence.png": "confidence", "confidence-map.png": "confidence",
+    "entropy.png": "entropy", "entropy-map.png": "entropy",
+    "trajectory.png": "trajectory", "trajectory.gif": "trajectory",
+}  # fmt: skip
 BAND_ROWS = 256  # rows of a photo whose pixels are counted or converted at a time
 SIGNATURE = "photo"  # the key of the text in a mask that tells which photo it was made from
+MADE = (".png", *(f"-{kind}" for kind in KINDS))  # what the names of our pictures end in
 PICTURES = {*SUFFIXES, *FOREIGN}  # what cannot be read is named rather than passed over
 
 
@@ -73,8 +78,8 @@ def find_photos(
 ) -> tuple[list[tuple[Photo, Path]], list[Task]]:
     """The photos of files, folders, globs and "-", each with its path below what was asked for.
 
-    Folders that cannot be listed are returned as tasks that fail. Pictures that a folder holds below `output`
-    were made from its photos before and are left out. PictureError: nothing was found.
+    Folders that cannot be listed are returned as tasks that fail. What a folder holds below `output`, masks
+    of ours and the pictures beside them were made before and are left out. PictureError: nothing was found.
     """
     found: dict[Photo, Path] = {}
     refused: dict[Path, str] = {}
@@ -109,7 +114,11 @@ def _photos_at(given: Path, output: Path | None, refused: dict[Path, str]) -> di
         visible = file.suffix.lower() in PICTURES and not file.name.startswith(".")
         if visible and made not in file.resolve().parents:
             found[file] = file.relative_to(root)
-    return found
+
+    # The masks of earlier runs, and the pictures named after them, are no photos.
+    masks = [file for file in found if file.suffix == ".png" and SIGNATURE in _header(file)[2]]
+    made = {mask.with_name(f"{mask.stem}{kind}") for mask in masks for kind in MADE}
+    return {file: name for file, name in found.items() if file not in made}
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
@@ -285,12 +294,12 @@ def _explain(photo: Photo, error: Exception) -> str:
 
 
 def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet: bool) -> Iterator[dict]:
-    """Pass the records on, saying what becomes of each photo, how fast it goes, and at the end the sum."""
+    """Pass the records on, saying what becomes of each photo, and at the end the sum."""
     counts = Counter()
-    # A bar stays whole only if its own console prints what comes above it. For a single photo it only pulses.
+    # A bar stays whole only if its own console prints what comes above it.
     screen = err if err.is_terminal and out.is_terminal else out
-    with Progress(console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
-        task = bar.add_task("segmenting", total=total if total > 1 else None)
+    with make_bar(err, quiet) as bar:
+        task = bar.add_task("segmenting", total=total)
         for record in records:
             yield record
             counts[record["state"]] += 1
@@ -300,8 +309,7 @@ def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet:
                 err.print(printable(record["note"]), style="red")
             elif record["note"] and not quiet:
                 err.print(printable(record["note"]))
-            speed = bar.tasks[0].speed or 0
-            bar.update(task, advance=1, description=f"{speed:.1f} images/s")
+            bar.advance(task)
     if total > 1 and not quiet:
         err.print(", ".join(f"{count} {state}" for state, count in counts.items()))
 

@@ -15,6 +15,7 @@ from model import ModelConfig
 
 TABLES_DIR = Path(__file__).parent / "tables"
 PRESETS = tomllib.loads((TABLES_DIR / "presets.toml").read_text(encoding="utf-8"))
+KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 RECIPES = tomllib.loads((TABLES_DIR / "recipes.toml").read_text(encoding="utf-8"))
 
 
@@ -83,7 +84,8 @@ def read_config(file: Path, given: dict) -> dict:
         stored = groups["train"] | groups["model"]
         del stored["num_classes"]  # the data set decides
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"--config {file}: {error!r}; expected the config.json of a run") from error
+        reason = getattr(error, "strerror", None) or "it holds no settings"
+        raise RunError(f"--config {file}: {reason}; expected a run directory or its config.json") from error
     return stored | given
 
 
@@ -103,7 +105,7 @@ def merge(given: dict, settings: Iterable[str], kinds: dict[str, type], preset: 
     """
     for name, value in given.items():
         if name in kinds and type(value) is not kinds[name] and (type(value), kinds[name]) != (int, float):
-            raise RunError(f"{name} is {value!r}; expected a {kinds[name].__name__}")
+            raise RunError(f"{name} is {value!r}; expected {KINDS[kinds[name]]}")
     chosen = dict(given)
     for setting in settings:
         name, value = parse_setting(setting, kinds)
@@ -120,7 +122,8 @@ def parse_setting(setting: str, kinds: dict[str, type]) -> tuple[str, str | int 
     """Name and value of NAME=VALUE, where the value gets the type of the field."""
     name, _, text = setting.partition("=")
     if name not in kinds:
-        raise RunError(f"--set {setting}: expected FIELD=VALUE of a configuration{nearest(name, kinds)}")
+        expected = "FIELD=VALUE; `--set help` lists the fields"
+        raise RunError(f"--set {setting}: expected {expected}{nearest(name, kinds)}")
     kind = kinds[name]
     if kind is bool:
         if text not in ("true", "false"):
@@ -129,7 +132,7 @@ def parse_setting(setting: str, kinds: dict[str, type]) -> tuple[str, str | int 
     try:
         return name, kind(text)
     except ValueError:
-        raise RunError(f"--set {setting}: expected a {kind.__name__} after {name}=") from None
+        raise RunError(f"--set {setting}: expected {KINDS[kind]} after {name}=") from None
 
 
 def choose(option: str, name: str, tables: dict) -> dict:

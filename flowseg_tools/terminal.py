@@ -79,7 +79,7 @@ def make_console(stderr: bool = False, quiet: bool = False) -> Console:
     )
 
 
-def make_bar(console: Console) -> progress.Progress:
+def make_bar(console: Console, quiet: bool = False) -> progress.Progress:
     """Bars with a count and the time left, known from the second step on; only where somebody watches."""
     columns = [
         progress.BarColumn(16),
@@ -87,7 +87,8 @@ def make_bar(console: Console) -> progress.Progress:
         progress.TimeRemainingColumn(compact=True),
         progress.TextColumn("{task.description}"),
     ]
-    return progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    hidden = quiet or not console.is_terminal
+    return progress.Progress(*columns, console=console, transient=True, disable=hidden)
 
 
 def tracked(bar: progress.Progress, indices: Sequence[int], title: str) -> Iterator[int]:
@@ -110,8 +111,7 @@ def track(indices: Sequence[int], title: str, quiet: bool = False) -> Iterator[i
 @contextmanager
 def waiting(title: str, quiet: bool = False) -> Iterator[None]:
     """Show that something is at work of which nobody knows how far it is."""
-    with make_bar(make_console(stderr=True, quiet=quiet)) as bar:
-        bar.add_task(title, total=None)
+    with make_console(stderr=True, quiet=quiet).status(title):
         yield
 
 
@@ -236,6 +236,10 @@ def describe_error(error: Exception) -> tuple[str, int]:
     text = str(error)
     if hasattr(error, "format_message"):  # an error of the command line's library
         text = error.format_message()
+        if hasattr(error.__context__, "errors"):  # of a value that is of another kind, or out of range
+            given = str(error.__context__.errors()[0]["input"])
+            text = text.partition(", unable")[0].replace("Input should be", f"{given!r}; expected")
+            text = text.replace("Value error, ", "")
         if hint := habit(error):
             text = f"{error.message.rstrip('.')}; {hint}"
     if not hasattr(error, "exit_code"):
@@ -249,7 +253,5 @@ def describe_error(error: Exception) -> tuple[str, int]:
                 hint = advice
                 break
         text = f"{type(error).__name__}: {text}; {hint}"
-    process = ""
-    if "RANK" in os.environ:  # of torchrun
-        process = f"process {os.environ['RANK']}: "
+    process = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""  # of torchrun
     return printable(f"error: {process}{' '.join(text.split())}"), code

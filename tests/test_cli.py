@@ -23,6 +23,7 @@ import pytest
 import typer
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from flowseg import app, main
 from flowseg_tools import options
@@ -197,6 +198,26 @@ def examples():
 def test_every_example_is_understood(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parse(line)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_help_cuts_no_name_at_the_usual_widths(name, columns):
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": columns})
+    assert "…" not in shown.stdout
+    for parameter in COMMANDS[name].params:
+        if parameter.param_type_name == "option":
+            assert all(option in shown.stdout for option in parameter.opts)
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("train --lr fast", ["--lr", "'fast'", "number"]), ("train --max-steps 0", ["--max-steps", "'0'", "1"]),
+    ("eval --mode tile", ["--mode", "tile", "slide"]), ("train --font no", ["--font", "no", ".otf"]),
+    ("train --config no", ["--config no", "config.json"]), ("train --set dept=1", ["dept=1", "--set help"]),
+    ("eval -o scores", ["--report"]),
+])  # fmt: skip
+def test_a_value_that_is_wrong_is_said_with_what_is_expected(tmp_path, line, words):
+    fails(flowseg(*line.split(), cwd=tmp_path), 2, *words)
 
 
 def test_every_command_has_two_examples_in_its_help():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import LabelTable, ShapesDataset
+from data import FolderDataset, LabelTable, ShapesDataset
 from flowseg_tools import draw, report
 from flowseg_tools.predict import segment_photo
 from model import FlowSeg, ModelConfig
@@ -123,6 +123,14 @@ def test_a_file_gets_the_numbers_alone(tmp_path):
     assert [row["image"][-5] for row in json.loads((tmp_path / "r.json").read_text())["worst"]] == list("210")
 
 
+def test_the_worst_images_of_a_folder_are_named_not_their_masks(tmp_path):
+    data = FolderDataset(make_folder(tmp_path / "halves", count=1), "validation")
+    counts = Metrics(np.eye(2, dtype=np.int64), {0: 0.5})
+    report.write_report(tmp_path / "r.json", {}, counts, data, COLORS, zeros, 1)
+    worst = json.loads((tmp_path / "r.json").read_text())["worst"]
+    assert worst == [{"image": str(tmp_path / "halves/images/validation/0.png"), "IoU": 0.5}]
+
+
 @pytest.fixture
 def scenes(tmp_path):
     """A folder with random weights for the built-in scenes."""
@@ -172,7 +180,7 @@ def test_eval_writes_a_report_and_sorts_its_table(scenes):
         2,
         "cannot write into w.safetensors",
     )
-    fails(flowseg(*call, "--font", "w.safetensors", cwd=scenes.folder), 1, "--font w.safetensors")
+    fails(flowseg(*call, "--font", "w.safetensors", cwd=scenes.folder), 2, "--font", "w.safetensors")
 
 
 def test_pictures_of_a_run_are_drawn_at_every_validation_and_never_end_it(tmp_path):

@@ -158,6 +158,17 @@ def test_thumbnails_of_other_programs_are_left_out(album):
     assert "thumb.jpg" not in found(album)
 
 
+@pytest.mark.parametrize("out", ["in/a-mask.png", "in/earlier", "in/sub.d"])
+def test_what_was_made_before_is_no_photo(here, out):
+    (here.folder / "in").mkdir()
+    for name in ("a.jpg", "a-mask-b.jpg", "a-mask-map.png"):
+        PHOTO.save(here.folder / "in" / name)
+    kinds = ["--overlay", "--confidence", "--entropy", "--trajectory"]
+    assert here.segment("in/a.jpg", "-o", out, *kinds).returncode == 0
+    result = here.segment("in", "-o", "out")
+    assert result.stdout.count(" -> ") == 3 and "3 segmented" in result.stderr
+
+
 def test_a_folder_that_cannot_be_listed_is_named_and_fails(here, monkeypatch):
     (here.folder / "in" / "secret").mkdir(parents=True)
     PHOTO.save(here.folder / "in" / "a.jpg")
