@@ -577,7 +577,8 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
 
         # The average follows the weights; at first it is an average of few steps.
         decay = min(config.ema_decay, run.step / (10 + run.step))
-        torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
+        with torch.no_grad():  # else every step would add to a graph that nobody needs
+            torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
 
         # The report: a line of the log, and of the terminal unless a bar moves there. Here the host waits.
         bar.update(task, completed=run.step)

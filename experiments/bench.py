@@ -210,7 +210,8 @@ def training_step(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        torch._foreach_lerp_(ema, parameters, 0.005)
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, parameters, 0.005)
 
     return model, step
 

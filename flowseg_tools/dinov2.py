@@ -147,9 +147,9 @@ def dinov2_sizes(weights: dict[str, Tensor], num_heads: int | None) -> dict[str,
 
 def dino_input(image: Tensor, size: list[int]) -> Tensor:
     """Normalise images (B, 3, H, W) in [-1, 1] as DINOv2 was trained, at this height and width in pixels."""
-    mean = image.new_tensor(IMAGENET_MEAN)[:, None, None]
-    std = image.new_tensor(IMAGENET_STD)[:, None, None]
-    return F.interpolate(((image + 1) / 2 - mean) / std, size=size, mode="bicubic")
+    colors = zip(((image + 1) / 2).unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)
+    normal = [(color - mean) / std for color, mean, std in colors]  # tensors of them would be sent to a GPU
+    return F.interpolate(torch.stack(normal, 1), size=size, mode="bicubic")
 
 
 def teacher_input(image: Tensor, patch_size: int, teacher_patch: int = 14) -> Tensor:
@@ -248,13 +248,8 @@ class Alignment(nn.Module):
         self.teacher = (teacher,)  # in a tuple nn.Module does not see it, so it is not trained or saved
         self.patch_size = network.config.patch_size
         self.weight = weight
-        self.projector = nn.Sequential(
-            nn.Linear(network.config.hidden_size, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-        ).to(device)
+        layers = [nn.Linear(network.config.hidden_size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+        self.projector = nn.Sequential(*layers, nn.Linear(width, width)).to(device)
         last = min(depth, len(network.blocks)) - 1
         self.tokens: Tensor | None = None
         network.image_encoder.register_forward_hook(self.forget)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowseg_tools.dinov2 import DinoFlowSeg
+from flowseg_tools.dinov2 import DinoFlowSeg, default_heads
 from model import ModelConfig
 
 H100_TFLOPS = 989  # in bfloat16, dense, by its data sheet
 UTILISATION = 0.4  # share of it that training is taken to reach
 USABLE_GB = 76  # of 80: the rest is for CUDA itself, the libraries, evaluation and fragments
-SHARE_IN_BFLOAT16 = 0.67  # of the float32 bytes kept for the backward pass: some stay float32
+SHARE_IN_BFLOAT16 = 0.8  # of the float32 bytes kept for the backward pass: on CUDA all norms stay float32
 
 
 @cache
@@ -41,20 +41,25 @@ def _count_step(config: ModelConfig, size: int, activation_checkpointing: bool) 
         labels = torch.zeros(1, size, size, dtype=torch.int64)
     model.network.activation_checkpointing = activation_checkpointing
     tokens = (size // config.patch_size) ** 2
-    attention = (config.num_heads, tokens, tokens)  # shape of its matrix for one image
+    others = round(size / config.vit_patch) ** 2 + 1 + config.vit_registers  # of the public transformer
+    heads = default_heads(config.vit_width)
+    attention = {(config.num_heads, tokens, tokens), (heads, others, others)}  # of one image
     kept: dict[int, Tensor] = {}
+    matrices = set()
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.shape[1:] != attention:
-            kept[tensor.untyped_storage()._cdata] = tensor  # what is kept in several places counts once
+        number = tensor.untyped_storage()._cdata
+        kept[number] = tensor  # what is kept in several places and shapes counts once
+        if tensor.shape[1:] in attention:
+            matrices.add(number)
         return tensor
 
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss, _ = model.loss(image, labels)
         loss.backward()
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage()._cdata, None)
+    for number in [parameter.untyped_storage()._cdata for parameter in model.parameters()] + [*matrices]:
+        kept.pop(number, None)
     num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return num_parameters, counter.get_total_flops(), num_bytes

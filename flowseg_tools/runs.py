@@ -191,13 +191,13 @@ def pick_device(name: str = "auto") -> torch.device:
         raise RunError(f"--device {name} is not available; expected auto, {', '.join(available)}")
     if kind != "cuda":
         return torch.device(kind)
-    if not index:
-        return torch.device("cuda", from_torchrun("LOCAL_RANK", 0))
-    if from_torchrun("WORLD_SIZE", 1) > 1:
+    if index and from_torchrun("WORLD_SIZE", 1) > 1:
         raise RunError(f"--device {name} is one GPU for all processes of torchrun; pass --device cuda")
-    if int(index) >= torch.cuda.device_count():
-        raise RunError(f"--device {name}: expected a GPU from 0 to {torch.cuda.device_count() - 1}")
-    return torch.device(name)
+    number = int(index or from_torchrun("LOCAL_RANK", 0))
+    if number >= torch.cuda.device_count():
+        fix = f"expected 0 to {torch.cuda.device_count() - 1}, and of torchrun as many processes as GPUs"
+        raise RunError(f"--device {name}: there is no GPU {number}; {fix}")
+    return torch.device("cuda", number)
 
 
 @contextmanager
@@ -247,12 +247,14 @@ def summed(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun has started; without torchrun do nothing.
+    """Make the GPU the current one, and join the processes that torchrun has started, if it has.
 
     What uses the group, as DDP does, is to be gone at the end. Threads of gloo need Python's lock to let go
     of tensors: they must not outlive the group, where one may abort a process that ends, and DDP must not
     wait for them, since it holds that lock when it goes.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose stream events note, and for which loaders pin memory
     if from_torchrun("WORLD_SIZE", 1) == 1 or "RANK" not in os.environ:
         yield
         return
@@ -263,7 +265,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     from_torchrun("RANK", 0)
     importlib.import_module("torch._dynamo")  # imported within a group, as by DDP, it would keep it
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")

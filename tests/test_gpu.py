@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train as training
 from data import ShapesDataset
 from flowseg_tools import records, runs, speed, state
-from flowseg_tools.dinov2 import Alignment
+from flowseg_tools.dinov2 import Alignment, DinoFlowSeg
 from flowseg_tools.state import save_state, share_state
 from model import (
     CheckpointError,
@@ -276,6 +276,49 @@ def test_values_are_read_once_in_log_every_steps(tmp_path, monkeypatch, reads, s
     assert [b - a for a, b in pairwise(after)] == [0, 0, 0, 1, 0, 0, 0, 1]
 
 
+class Made(TorchDispatchMode):
+    """Counts the tensors that are made of numbers of Python: a GPU would be waited for to send them there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += function is torch.ops.aten.lift_fresh.default
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("pretrained", [(), ("encoder",), ("encoder", "teacher")], ids=str)
+def test_the_loss_and_the_masks_make_no_tensor_of_numbers(tmp_path, pretrained):
+    torch.save(public(), tmp_path / "vit.pth")
+    paths = {name: str(tmp_path / "vit.pth") for name in pretrained}
+    _, network = resolve({"batch_size": 2, "crop_size": 16, **paths}, TINY)
+    model = DinoFlowSeg(network)
+    alignment = Alignment(model.network, paths["teacher"], 8, 0.5) if "teacher" in paths else None
+    image = torch.zeros(2, 3, 16, 16)
+    labels = torch.zeros(2, 16, 16, dtype=torch.int64)
+    with Made() as made:
+        loss, _ = Objective(model, alignment)(image, labels, None, labels.numel() - labels.sum(), 1.0)
+        loss.backward()
+        model.segment(image)
+    assert made.count == 0
+
+
+def test_the_average_keeps_no_graph(tmp_path, monkeypatch):
+    """It would grow with every step."""
+    kept = []
+    real = records.report
+
+    def report(run, *rest):
+        kept.extend(parameter.requires_grad for parameter in run.ema.parameters())
+        return real(run, *rest)
+
+    monkeypatch.setattr(records, "report", report)
+    monkeypatch.setattr(ShapesDataset, "__len__", lambda self: 1 if self.split != "training" else 10**6)
+    given = {"batch_size": 2, "crop_size": 16, "max_steps": 2}
+    training.train(*resolve(given, [*TINY, "steps=1"]), tmp_path / "run", "cpu", Console(quiet=True))
+    assert kept
+    assert not any(kept)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_gradient_that_is_not_finite_changes_nothing(optimizer):
     model, optimizers = state_of(seed=0, steps=2)
@@ -387,6 +430,41 @@ def test_a_state_is_also_saved_by_the_clock(tmp_path, monkeypatch):
     run(tmp_path / "run", "save_minutes=1", max_steps=6)
     assert saved[-1] == 6
     assert len(saved) > 2
+
+
+# ---------------------------------------------------------------- which GPU
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two GPUs, as far as their choice goes; the list has the one that was made the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.mark.parametrize(("name", "rank", "number"), [("auto", "1", 1), ("cuda", "0", 0), ("cuda:1", "0", 1)])
+def test_the_gpu_that_is_chosen_becomes_the_current_one(two_gpus, monkeypatch, name, rank, number):
+    """Events note what is done on the current one, and loaders pin memory for it."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    device = runs.pick_device(name)
+    assert device == torch.device("cuda", number)
+    with runs.process_group(device):
+        assert two_gpus == [device]
+
+
+@pytest.mark.parametrize(("name", "rank", "world", "said"), [
+    ("cuda", "2", "3", "no GPU 2; expected 0 to 1"), ("auto", "5", "6", "no GPU 5"),
+    ("cuda:2", "0", "1", "no GPU 2"), ("cuda:1", "0", "2", "pass --device cuda"),
+    ("cuda:", "7", "8", "no GPU 7"), ("cuda:x", "0", "1", "not available"),
+])  # fmt: skip
+def test_a_gpu_that_is_not_there_is_named(two_gpus, monkeypatch, name, rank, world, said):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(runs.RunError, match=said):
+        runs.pick_device(name)
 
 
 # ---------------------------------------------------------------- with a GPU
