@@ -9,9 +9,9 @@ import json
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -240,10 +240,7 @@ def _is_photo(file: Path) -> bool:
 
 
 def _made_from_another(task: Task) -> bool:
-    """Whether the mask that is there says that it was made from other bytes than this photo's.
-
-    One that says nothing was perhaps retouched, and is kept.
-    """
+    """Whether a mask says that it is of another photo; one that says nothing was retouched, perhaps: kept."""
     made_from = _header(task.mask)[2].get(SIGNATURE)
     return made_from is not None and made_from != signature(Path(task.photo))
 
@@ -276,12 +273,18 @@ def segment_all(planned: Iterable[Task], work: Callable[..., dict]) -> Iterator[
             return record | {"state": "failed", "note": _explain(task.photo, error)}
 
     pool = ThreadPoolExecutor(THREADS)
+    futures: deque[Future] = deque()
     try:
-        futures = [pool.submit(attempt, task) for task in planned]
-        for future in futures:
-            yield future.result()
+        futures.extend(pool.submit(attempt, task) for task in planned)
+        while futures:
+            yield futures[0].result()
+            futures.popleft()
+    except KeyboardInterrupt:  # no other photo is begun; those in hand are finished and belong in the report
+        pool.shutdown(cancel_futures=True)
+        yield from (future.result() for future in futures if not future.cancelled())
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C no other photo is begun
+        pool.shutdown(cancel_futures=True)
 
 
 def _explain(photo: Photo, error: Exception) -> str:
@@ -317,11 +320,7 @@ def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet:
 def report(file: Path, records: list[dict]) -> None:
     """Write the records as JSON; photos that were skipped keep the record that the file has of them."""
     earlier = {record["photo"]: record for record in _records(file) or []}
-    kept = []
-    for record in records:
-        if record["state"] == "skipped":
-            record = earlier.get(record["photo"], record)
-        kept.append(record)
+    kept = [earlier.get(new["photo"], new) if new["state"] == "skipped" else new for new in records]
     replace_text(file, json.dumps(kept, indent=2, allow_nan=False) + "\n")
 
 

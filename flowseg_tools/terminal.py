@@ -235,11 +235,10 @@ def describe_error(error: Exception) -> tuple[str, int]:
     code = getattr(error, "exit_code", 2 if isinstance(error, OSError) else 1)
     text = str(error)
     if hasattr(error, "format_message"):  # an error of the command line's library
-        text = error.format_message()
+        text = error.format_message().replace("Value error, ", "")
         if hasattr(error.__context__, "errors"):  # of a value that is of another kind, or out of range
             given = str(error.__context__.errors()[0]["input"])
             text = text.partition(", unable")[0].replace("Input should be", f"{given!r}; expected")
-            text = text.replace("Value error, ", "")
         if hint := habit(error):
             text = f"{error.message.rstrip('.')}; {hint}"
     if not hasattr(error, "exit_code"):

@@ -4,12 +4,14 @@ import hashlib
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -158,7 +160,7 @@ def test_thumbnails_of_other_programs_are_left_out(album):
     assert "thumb.jpg" not in found(album)
 
 
-@pytest.mark.parametrize("out", ["in/a-mask.png", "in/earlier", "in/sub.d"])
+@pytest.mark.parametrize("out", ["in/a-mask.png", "in/earlier/deep"])
 def test_what_was_made_before_is_no_photo(here, out):
     (here.folder / "in").mkdir()
     for name in ("a.jpg", "a-mask-b.jpg", "a-mask-map.png"):
@@ -651,6 +653,33 @@ def test_the_report_of_what_was_done_is_written_after_ctrl_c_too(here, monkeypat
     assert here.segment("in", "-o", "out", "--report", "r.json").returncode == 130
     records = json.loads((here.folder / "r.json").read_text())
     assert [record["photo"] for record in records] == ["in/0.jpg", "in/1.jpg"]
+
+
+def test_photos_in_hand_at_ctrl_c_are_finished_and_passed_on(album, monkeypatch):
+    begun, stopping, done = threading.Barrier(segment.THREADS), threading.Event(), []
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, **options):
+            stopping.set()
+            super().shutdown(**options)
+
+    def work(photo, files):
+        if not stopping.is_set() and begun.wait(60) == 0:
+            time.sleep(0.3)  # all 50 are planned by then
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert stopping.wait(60)
+        done.append(str(photo))
+        return {}
+
+    monkeypatch.setattr(segment, "ThreadPoolExecutor", Pool)
+    tasks = [
+        segment.Task(f"{k}.jpg", album / f"{k}.png", {"mask": album / f"{k}.png"}, "") for k in range(50)
+    ]
+    records = []
+    with pytest.raises(KeyboardInterrupt):
+        records.extend(segment.segment_all(tasks, work))
+    assert [record["photo"] for record in records] == sorted(done) and 3 <= len(done) < 50
+    assert {record["state"] for record in records} == {"segmented"}
 
 
 def test_with_json_stdout_is_json_and_nothing_else(here):
