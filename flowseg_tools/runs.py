@@ -249,9 +249,8 @@ def summed(values: torch.Tensor) -> torch.Tensor:
 def process_group(device: torch.device) -> Iterator[None]:
     """Make the GPU the current one, and join the processes that torchrun has started, if it has.
 
-    What uses the group, as DDP does, is to be gone at the end. Threads of gloo need Python's lock to let go
-    of tensors: they must not outlive the group, where one may abort a process that ends, and DDP must not
-    wait for them, since it holds that lock when it goes.
+    DDP must be gone before the group ends. Threads of gloo need Python's lock to let go of tensors: one that
+    outlives the group may abort the process at its end, and DDP, if it goes last, waits for it with the lock.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # whose stream events note, and for which loaders pin memory
@@ -259,9 +258,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise RunError(
-            "$WORLD_SIZE and $RANK are set, $MASTER_ADDR is not; start with torchrun, or unset them"
-        )
+        raise RunError("$WORLD_SIZE and $RANK are set without $MASTER_ADDR; use torchrun, or unset them")
     from_torchrun("RANK", 0)
     importlib.import_module("torch._dynamo")  # imported within a group, as by DDP, it would keep it
     if device.type == "cuda":

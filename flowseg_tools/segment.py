@@ -240,7 +240,10 @@ def _is_photo(file: Path) -> bool:
 
 
 def _made_from_another(task: Task) -> bool:
-    """Whether a mask says that it is of another photo; one that says nothing was retouched, perhaps: kept."""
+    """Whether the mask that is there says that it was made from other bytes than this photo's.
+
+    One that says nothing was perhaps retouched, and is kept.
+    """
     made_from = _header(task.mask)[2].get(SIGNATURE)
     return made_from is not None and made_from != signature(Path(task.photo))
 
@@ -320,7 +323,11 @@ def tell(records: Iterator[dict], total: int, out: Console, err: Console, quiet:
 def report(file: Path, records: list[dict]) -> None:
     """Write the records as JSON; photos that were skipped keep the record that the file has of them."""
     earlier = {record["photo"]: record for record in _records(file) or []}
-    kept = [earlier.get(new["photo"], new) if new["state"] == "skipped" else new for new in records]
+    kept = []
+    for record in records:
+        if record["state"] == "skipped":
+            record = earlier.get(record["photo"], record)
+        kept.append(record)
     replace_text(file, json.dumps(kept, indent=2, allow_nan=False) + "\n")
 
 

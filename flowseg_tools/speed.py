@@ -4,8 +4,7 @@ loaders, gradients that are exchanged while others are still computed."""
 import os
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import GradBucket
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -99,10 +98,6 @@ def distribute(
         static_graph=not accumulates,
     )
     if gradient_dtype == "bfloat16":
-        spread.register_comm_hook(None, send_in_bfloat16)
+        # By its own name PyTorch refuses this hook for gloo, which can do it.
+        spread.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
     return spread
-
-
-def send_in_bfloat16(group, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """PyTorch's hook, which under its own name is refused for gloo, though gloo can do it."""
-    return bf16_compress_hook(group, bucket)

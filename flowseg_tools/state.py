@@ -147,9 +147,7 @@ def load_state(folder: Path, modules: Modules, optimizers: Optimizers, console: 
             owners[parameter].state[parameter][kind] = value.to(parameter.device)
         whole.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:  # settings that --allow-changes let through
-        raise RunError(
-            f"{folder}: its state is of another network, teacher or optimizer; use --out"
-        ) from error
+        raise RunError(f"{folder}: state of another network, teacher or optimizer; use --out") from error
     return at
 
 

@@ -405,6 +405,8 @@ def test_a_checkpoint_holds_the_encoder_in_half_the_bytes_and_gives_the_same_mas
         found = load_file(tmp_path / "x.safetensors")
         assert {v.dtype for name, v in found.items() if ".vit." in name} == {dtype}
         assert {v.dtype for name, v in found.items() if ".vit." not in name} == {torch.float32}
+        with pytest.raises(CheckpointError, match=r"x\.safetensors .*DinoFlowSeg\.load"):
+            FlowSeg.load(tmp_path / "x.safetensors")
         again = DinoFlowSeg.load(tmp_path / "x.safetensors")
         assert weights_hash(again) == weights_hash(model)
         features = dino_input(image, [56, 42])

@@ -576,7 +576,7 @@ def test_processes_without_a_meeting_point_are_one_line(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(RunError, match=r"MASTER_ADDR is not; start with torchrun"):
+    with pytest.raises(RunError, match=r"without \$MASTER_ADDR; use torchrun"):
         runs.process_group(torch.device("cpu")).__enter__()
 
 
