@@ -25,8 +25,8 @@ from flowseg_tools import draw, runs
 from model import FlowSeg
 
 BASELINES = (
-    baselines.CrossEntropy, baselines.UNet, baselines.Leaky, baselines.End, baselines.Annealed,
-    baselines.Noise, baselines.Linear, baselines.Sqrt, baselines.Inverse,
+    baselines.CrossEntropy, baselines.UNet, baselines.ImagePath, baselines.Leaky, baselines.End,
+    baselines.Annealed, baselines.Noise, baselines.Linear, baselines.Sqrt, baselines.Inverse,
     baselines.Golden, baselines.Unmasked,
 )  # fmt: skip
 KINDS = {f"kind={kind.__name__}": kind for kind in BASELINES}

@@ -1,6 +1,7 @@
 """Baselines that FlowSeg is compared with: the tests use them, and ablate.py trains them like FlowSeg."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from model import (
     Generator,
     ImageEncoder,
     ModelConfig,
+    conv_block,
     draw_random,
     least_spacing,
     squared_distances,
@@ -207,13 +209,39 @@ class Golden(FlowSeg):
         self.eps = config.eps * least_spacing(self.centroids)
 
 
-class UNetwork(nn.Module):
-    """A plain convolutional U-Net from full resolution to a stride of 8, with 0.7 M parameters."""
+class PlainEncoder(nn.Module):
+    """The convolutions of a plain U-Net from full resolution to a stride of 8, 0.9 M parameters.
 
-    def __init__(self, channels: int):
+    On the way back, each level is enlarged, joined to the channels of the finer level, and passes two
+    convolutions. It shares only `conv_block` with FlowSeg, so the yardstick stays when our encoder changes.
+    """
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.down = nn.ModuleList([conv_block(3, widths[0])])
+        self.down.extend(conv_block(fine, coarse, stride=2) for fine, coarse in pairwise(widths))
+        self.up = nn.ModuleList(conv_block(coarse + fine, fine) for fine, coarse in pairwise(widths))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, H, W), with sides that are multiples of 8 -> [features (B, widths[0], H, W)]."""
+        x = image.contiguous(memory_format=torch.channels_last)
+        levels = []
+        for block in self.down:
+            x = block(x)
+            levels.append(x)
+        for i in reversed(range(len(self.up))):
+            wide = F.interpolate(x, scale_factor=2, mode="bilinear")
+            x = self.up[i](torch.cat([wide, levels[i]], dim=1))
+        return [x]
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear head at full resolution."""
+
+    def __init__(self, encoder: type[nn.Module], channels: int):
         super().__init__()
         widths = [24, 48, 96, 144]
-        self.image_encoder = ImageEncoder(widths)
+        self.image_encoder = encoder(widths)
         self.head = nn.Conv2d(widths[0], channels, 1)
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -224,9 +252,17 @@ class UNetwork(nn.Module):
 class UNet(CrossEntropy):
     """The yardstick: a plain U-Net trained by cross-entropy; wherever the state is, it aims at the logits."""
 
+    encoder: type[nn.Module] = PlainEncoder
+
     def __init__(self, config: ModelConfig):
-        network = UNetwork(max(3, config.num_classes))
+        network = Classifier(self.encoder, max(3, config.num_classes))
         super().__init__(replace(config, patch_size=8), network)
 
     def _velocity(self, x_t: Tensor, t: Tensor, features: Tensor) -> Tensor:
         return (features - x_t) / time_left(t)
+
+
+class ImagePath(UNet):
+    """The image encoder of the preset tiny as a classifier: what is left without tokens, field and flow."""
+
+    encoder = ImageEncoder

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from data import ShapesDataset
 from experiments import ablate
-from experiments.baselines import CrossEntropy, Golden, UNet, Unmasked
+from experiments.baselines import CrossEntropy, Golden, ImagePath, UNet, Unmasked
 from model import IGNORE, FlowSeg, ModelConfig, least_spacing
 
 TINY = ModelConfig(
@@ -26,7 +26,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1, labels
 
 
-@pytest.mark.parametrize("kind", [CrossEntropy, UNet])
+@pytest.mark.parametrize("kind", [CrossEntropy, UNet, ImagePath])
 def test_cross_entropy_trains_the_logits_that_one_step_ends_in(kind):
     torch.manual_seed(0)
     model = kind(TINY)
@@ -44,7 +44,7 @@ def test_cross_entropy_trains_the_logits_that_one_step_ends_in(kind):
     assert model.loss(image, labels)[0].item() < 0.7 * first
 
 
-@pytest.mark.parametrize("kind", [CrossEntropy, UNet])
+@pytest.mark.parametrize("kind", [CrossEntropy, UNet, ImagePath])
 @pytest.mark.parametrize("num_classes", [2, 3, 171, 255])
 def test_cross_entropy_has_a_logit_for_each_of_any_number_of_classes(kind, num_classes):
     torch.manual_seed(0)
