@@ -67,7 +67,7 @@ class ModelConfig:
     finetune_encoder: bool = False  # train it, too
     # The flow. The paper has encoding kronecker, 3 dimensions, tau 1 and weight 1; docs/RESULTS.md compares.
     encoding: str = "coded"  # | kronecker
-    encoding_dims: int = 0  # channels of the state; 0: as few as serve, 11 up to 16 classes, else 19
+    encoding_dims: int = 0  # channels of the state; 0: 19 of coded, 3 of kronecker
     objective: str = "reshaped"  # | vanilla: without the gradient of the potential
     eps: float = 0.3  # in units of the least squared distance between two centroids
     tau: float = 0.15  # at a centroid, its class is then e^10 times as probable as the next one
@@ -78,8 +78,7 @@ class ModelConfig:
     def __post_init__(self):
         check_ranges(self, MODEL_RANGES)
         if self.encoding_dims == 0:
-            fewest = 11 if self.num_classes <= 16 else 19
-            object.__setattr__(self, "encoding_dims", 3 if self.encoding == "kronecker" else fewest)
+            object.__setattr__(self, "encoding_dims", 3 if self.encoding == "kronecker" else 19)
         if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patch_size is {self.patch_size}; expected a power of two")
         if self.conv_width % 8:
@@ -145,9 +144,11 @@ def coded_centroids(num_classes: int, dims: int) -> Tensor:
     """The default encoding: centroids (N, dims) float32, three class colours followed by a code word.
 
     The colours are the paper's centroids in 3 dimensions. The words of dims - 3 letters -1 or 1 differ in as
-    many places as possible, so that all centroids lie about equally far from each other: 16 words of 8
-    letters differ in at least 4 of them; of 16 letters, 32 words in 8, 128 in 6, 255 in 5 (a lexicode: Conway
-    and Sloane, 1986).
+    many places as possible, so that all centroids lie about equally far from each other: of 16 letters, 32
+    words differ in at least 8 of them, 128 in 6, 255 in 5 (a lexicode: Conway and Sloane, 1986).
+
+    The first 16 of these words are orthogonal. Of 8 letters there would be 16, too, but in pairs of opposite
+    words: a pixel undecided between the two would lie in their middle, equally near to every other class.
     """
     # All words in lexicographic order: the bits of 0, 1, 2, .., as letters -1 and 1.
     length = dims - 3

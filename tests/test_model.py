@@ -124,14 +124,21 @@ def test_more_dimensions_give_more_room(dims, spacing):
 
 
 @pytest.mark.parametrize(
-    ("n", "length", "hamming"),
-    [(2, 8, 8), (11, 8, 4), (16, 8, 4), (17, 16, 8), (32, 16, 8), (33, 16, 6), (128, 16, 6), (255, 16, 5)],
+    ("n", "dims", "hamming"),
+    [(2, 0, 16), (11, 0, 8), (17, 0, 8), (32, 0, 8), (33, 0, 6), (128, 0, 6), (255, 0, 5), (16, 11, 4)],
 )
-def test_code_words_have_the_distances_of_the_known_codes(n, length, hamming):
-    words = FlowSeg(ModelConfig(n, **SMALL | {"encoding": "coded", "encoding_dims": 0})).centroids[:, 3:]
-    assert words.shape == (n, length)
+def test_code_words_have_the_distances_of_the_known_codes(n, dims, hamming):
+    model = FlowSeg(ModelConfig(n, **SMALL | {"encoding": "coded", "encoding_dims": dims}))
+    words = model.centroids[:, 3:]
+    assert words.shape == (n, 16 if dims == 0 else 8)
     assert set(words.unique().tolist()) == {-1.0, 1.0}
     assert torch.pdist(words, p=1).min().item() == 2 * hamming
+
+
+@pytest.mark.parametrize("n", [11, 14, 16])
+def test_up_to_16_classes_have_orthogonal_words_and_so_no_two_opposite_ones(n):
+    words = coded_centroids(n, 19)[:, 3:]
+    assert torch.equal(words @ words.T, 16 * torch.eye(n))
 
 
 @pytest.mark.parametrize(
