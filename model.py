@@ -146,9 +146,8 @@ def coded_centroids(num_classes: int, dims: int) -> Tensor:
     The colours are the paper's centroids in 3 dimensions. The words of dims - 3 letters -1 or 1 differ in as
     many places as possible, so that all centroids lie about equally far from each other: of 16 letters, 32
     words differ in at least 8 of them, 128 in 6, 255 in 5 (a lexicode: Conway and Sloane, 1986).
-
-    The first 16 of these words are orthogonal. Of 8 letters there would be 16, too, but in pairs of opposite
-    words: a pixel undecided between the two would lie in their middle, equally near to every other class.
+    The first 16 of these words are orthogonal. Of 8 letters there are 16, too, but in opposite pairs: a pixel
+    undecided within a pair would lie in the middle of all classes.
     """
     # All words in lexicographic order: the bits of 0, 1, 2, .., as letters -1 and 1.
     length = dims - 3

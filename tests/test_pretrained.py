@@ -336,8 +336,9 @@ def names(count):
 
 @pytest.mark.parametrize("tokens_of", ["image", "state"])
 @pytest.mark.parametrize(("before", "after"), [
-    ({"num_classes": 14}, {"num_classes": 150}), ({"num_classes": 150}, {"num_classes": 14}),
-    ({"num_classes": 14}, {"num_classes": 14, "encoding": "kronecker", "encoding_dims": 11}),
+    ({"num_classes": 14, "encoding_dims": 11}, {"num_classes": 150}),
+    ({"num_classes": 150}, {"num_classes": 14, "encoding_dims": 11}),
+    ({"num_classes": 14}, {"num_classes": 14, "encoding": "kronecker", "encoding_dims": 19}),
 ], ids=["more", "fewer", "another encoding"])  # fmt: skip
 def test_a_trained_network_starts_one_of_another_encoding(before, after, tokens_of, tmp_path):
     sizes = {**SMALL, "encoding": "coded", "encoding_dims": 0, "tokens_of": tokens_of}
