@@ -67,7 +67,7 @@ class ModelConfig:
     finetune_encoder: bool = False  # train it, too
     # The flow. The paper has encoding kronecker, 3 dimensions, tau 1 and weight 1; docs/RESULTS.md compares.
     encoding: str = "coded"  # | kronecker
-    encoding_dims: int = 0  # channels of the state; 0: 19 of coded, 3 of kronecker
+    encoding_dims: int = 0  # channels of the state; 0: 19, or 3 if kronecker
     objective: str = "reshaped"  # | vanilla: without the gradient of the potential
     eps: float = 0.3  # in units of the least squared distance between two centroids
     tau: float = 0.15  # at a centroid, its class is then e^10 times as probable as the next one
@@ -146,8 +146,8 @@ def coded_centroids(num_classes: int, dims: int) -> Tensor:
     The colours are the paper's centroids in 3 dimensions. The words of dims - 3 letters -1 or 1 differ in as
     many places as possible, so that all centroids lie about equally far from each other: of 16 letters, 32
     words differ in at least 8 of them, 128 in 6, 255 in 5 (a lexicode: Conway and Sloane, 1986).
-    The first 16 of these words are orthogonal. Of 8 letters there are 16, too, but in opposite pairs: a pixel
-    undecided within a pair would lie in the middle of all classes.
+    The first 16 of these words are orthogonal. Words of 8 letters would serve 16 classes, but in opposite
+    pairs: a pixel undecided between the two of a pair would lie in the middle of all classes.
     """
     # All words in lexicographic order: the bits of 0, 1, 2, .., as letters -1 and 1.
     length = dims - 3

@@ -142,7 +142,7 @@ Teacher = Annotated[File, field(MODEL, "FILE", "DINOv2 weights to align the toke
 
 Objective = Annotated[Text, field(METHOD, "NAME", "reshaped or vanilla.", "objective")]
 Encoding = Annotated[Text, field(METHOD, "NAME", "Centroids: coded or kronecker.", "encoding")]
-DIMS = "Channels of the state; 0: 19 of coded, 3 of kronecker."
+DIMS = "Channels of the state; 0: 19, or 3 if kronecker."
 Dims = Annotated[Number, field(METHOD, "N", DIMS, "encoding_dims", "--dims", least=0)]
 Tau = Annotated[Real, field(METHOD, "X", "Temperature of the potential.", "tau")]
 EPS = "Softening of the potential, in squared distances of the nearest two centroids."
