@@ -141,6 +141,10 @@ def conclude(folder: Path, code: int) -> None:
     info = load(folder, quiet=True).info
     files = [name for name in ("best.safetensors", "preview.png", "curves.png") if (folder / name).exists()]
     out.print(f"{score_of(info)} at step {info.step}; in {folder}: {', '.join(files)}")
+    if info.unseen:
+        names = ", ".join(info.unseen[:5]) + (", .." if len(info.unseen) > 5 else "")
+        count = f"{len(info.unseen)} of {len(info.classes)} classes"
+        out.print(f"{count} were in no label of the training, and are never answered: {names}")
     out.print(f"next: flowseg segment photo.jpg -o mask.png -c {folder}", soft_wrap=True)
 
 

@@ -283,8 +283,7 @@ def draw_random(kind: Callable, shape: tuple[int, ...], generator: Generator) ->
 
 
 def time_left(t: Tensor) -> Tensor:
-    """1 - t as (B, 1, 1, 1), since a bare (B,) would broadcast along the width; at least 1e-3, so that
-    nothing is divided by zero: the last Euler step of 1000 begins there."""
+    """1 - t as (B, 1, 1, 1), which broadcasts; at least 1e-3, where the last Euler step of 1000 begins."""
     return (1 - t).clamp_min(1e-3)[:, None, None, None]
 
 
@@ -444,11 +443,12 @@ class FlowSeg(nn.Module):
 
     @torch.no_grad()
     def soft_assignment(self, x: Tensor) -> Tensor:
-        """p_k (B, N, H, W) float32 of states x (B, dims, H, W)."""
+        """p_k (B, N, H, W) float32 of states x (B, dims, H, W); 0 for classes that training never saw."""
         pixels = x.movedim(1, -1).flatten(0, 2).float()  # (B H W, dims)
-        d, _ = squared_distances(pixels, self.centroids)  # (N, B H W)
-        p = ((d + self.eps).log() / -self.config.tau).softmax(0)
-        return p.view(-1, len(x), *x.shape[2:]).movedim(0, 1)
+        logits = (squared_distances(pixels, self.centroids)[0] + self.eps).log() / -self.config.tau
+        for name in self.info.unseen:
+            logits[self.info.classes.index(name)] = -math.inf
+        return logits.softmax(0).view(-1, len(x), *x.shape[2:]).movedim(0, 1)
 
     def _check(self, image: Tensor, labels: Tensor | None = None) -> None:
         """Raise ValueError for another shape, type or, on the CPU, where looking costs little, label."""
@@ -465,8 +465,7 @@ class FlowSeg(nn.Module):
             raise ValueError(f"labels run to {highest}; expected 0..{last} or {IGNORE}")
 
     def save(self, path: str | Path, write: Callable | None = None, **metadata) -> None:
-        """Write the weights atomically as .safetensors; metadata are fields of CheckpointInfo. write: by
-        default `write_tensors`."""
+        """Write the weights atomically as .safetensors; metadata: fields of CheckpointInfo."""
         facts = {"format": FORMAT, "config": asdict(self.config), **asdict(CheckpointInfo(**metadata))}
         (write or write_tensors)(self.stored(), path, facts)
 
@@ -880,6 +879,7 @@ class CheckpointInfo:
     ignore: tuple[int | str, ...] = ()  # raw mask values that are ignored
     colors: tuple[str, ...] = ()  # "#rrggbb" of each class in pictures; none: those of the centroids
     clear: tuple[str, ...] = ()  # classes that overlays leave as they are
+    unseen: tuple[str, ...] = ()  # classes that no label had in training; they are never answered
     dataset: str = ""  # a name, or the absolute path of a folder
     root: str = ""  # data root of a named data set
     crop_size: int = 0  # side of the training crop; evaluation makes it the short side
@@ -892,7 +892,7 @@ class CheckpointInfo:
 
     def __post_init__(self):
         # Lists: their types, and no value twice.
-        for name in ("classes", "ids", "ignore", "colors", "clear"):
+        for name in ("classes", "ids", "ignore", "colors", "clear", "unseen"):
             kinds = (int, str) if name in ("ids", "ignore") else (str,)
             values = getattr(self, name)
             good = type(values) in (list, tuple) and all(type(value) in kinds for value in values)
@@ -908,6 +908,8 @@ class CheckpointInfo:
         if len(self.classes) != len(self.ids) or len(self.colors) not in (0, len(self.classes)):
             counts = f"{len(self.ids)} ids and {len(self.colors)} colours for {len(self.classes)} classes"
             raise ValueError(f"{counts}; expected one each")
+        if self.unseen and not set(self.unseen) < set(self.classes):
+            raise ValueError(f"unseen is {self.unseen!r}; expected some of the classes")
 
         # Everything else: types and ranges.
         for name, kind in {"dataset": str, "root": str, "protocol": dict, "environment": dict}.items():

@@ -103,10 +103,8 @@ TRAIN_RANGES = {  # lowest and highest value of every number, or all words that 
 
 
 def resolve(given: dict, settings: Iterable[str] = ()) -> tuple[TrainConfig, ModelConfig]:
-    """Both configurations, from options by the names of their fields and from settings NAME=VALUE.
-
-    RunError names what is unknown, out of range, or does not fit together.
-    """
+    """Both configurations, from options by the names of their fields and from settings NAME=VALUE; RunError
+    names what is unknown, out of range, or does not fit together."""
     return resolve_as(TrainConfig, given, settings)
 
 
@@ -464,7 +462,8 @@ class Run:
         self.model = model.to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         alignment = start.make_alignment(config, self.model)
-        self.modules: dict[str, nn.Module] = {"model": self.model, "ema": self.ema}
+        self.seen = records.Seen()
+        self.modules: dict[str, nn.Module] = {"model": self.model, "ema": self.ema, "seen": self.seen}
         if alignment:
             self.modules["alignment"] = alignment
         self.objective: nn.Module = Objective(self.model, alignment)
@@ -492,9 +491,9 @@ class Run:
                     return
                 yield index
 
-        config = self.config
         steps = self.ema.config.steps
-        metrics, protocol = evaluate(self.ema, self.held_out, config.crop_size, steps, until_stopped)
+        records.note_unseen(self)
+        metrics, protocol = evaluate(self.ema, self.held_out, self.config.crop_size, steps, until_stopped)
         stop, wants_save = runs.agree(signals)
         if not stop:
             score = metrics.scores["mIoU"]
@@ -568,6 +567,7 @@ def loop(run: Run, signals: list[int], bar: Progress) -> int:
 
         # One training step: gradient, clipping, update.
         parts = [next(loader) for _ in range(config.grad_accum_steps)]
+        run.seen.add(parts)
         generators = noise_generators(config, run.step)
         values = backward(run.objective, parts, generators, run.bfloat16, run.device)
         rate = learning_rate(run.step, config)

@@ -179,12 +179,9 @@ def merged(found: dict[str, list[str]]) -> list[str]:
 
 
 def describe(
-    dataset: str,
-    root: Path | None = None,
-    limit: int | None = None,
-    track: Track = quietly,
+    dataset: str, root: Path | None = None, limit: int | None = None, track: Track = quietly,
     max_pixels: int | None = None,
-) -> dict:
+) -> dict:  # fmt: skip
     """Return the label table of a data set and, for each split, its counts; then problems and notes of all.
 
     limit: the most images that are read in each split, evenly spaced; all if not given.

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import PictureError, evenly_spaced
 from flowseg_tools import draw
 from flowseg_tools.predict import segment_photo, to_input
 from flowseg_tools.runs import RunError, environment, peak_memory, replace_text, summed
 from flowseg_tools.state import save_state
-from model import FlowSeg, draw_random, least_spacing, squared_distances
+from model import CheckpointInfo, FlowSeg, draw_random, least_spacing, squared_distances
 
 METRICS = "metrics.jsonl"
 HISTORY = "history.txt"
@@ -190,6 +190,7 @@ def explain_failure(run, parts: list, generators: list[torch.Generator], failure
 
 def save(run) -> None:
     """Write all that the next step of a train.Run depends on, and its EMA, unless both are there already."""
+    note_unseen(run)
     is_lost = not (run.folder / "last.safetensors").exists()
     if run.rank == 0 and (is_lost or run.saved != (run.step, run.validated)):
         if is_lost or run.validated < run.step:
@@ -197,6 +198,28 @@ def save(run) -> None:
         at = (run.step, run.validated, run.best)
         save_state(run.folder, run.modules, run.optimizers, at, run.writer.write)
     run.saved = (run.step, run.validated)
+
+
+class Seen(nn.Module):
+    """Which labels the training has had, as a part of its state: labels (256,), 1 or 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("labels", torch.zeros(256))
+
+    def add(self, parts: list) -> None:
+        """Note the labels of one step, as the loader gives them, on the host."""
+        for _, labels, _ in parts:
+            self.labels.masked_fill_(labels.flatten().bincount(minlength=256) > 0, 1)
+
+
+def note_unseen(run) -> None:
+    """Let the EMA of a train.Run never answer a class that no label has had, in any of its processes."""
+    table = run.data.labels
+    seen = summed(run.seen.labels).clamp_(max=1).tolist()
+    unseen = [name for k, name in enumerate(table.classes) if not seen[k]]
+    if len(unseen) < len(table.classes):
+        run.ema.info = CheckpointInfo(table.classes, table.ids, unseen=unseen)
 
 
 def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
@@ -209,7 +232,7 @@ def write_weights(run, metrics=None, protocol: dict | None = None) -> None:
         made_with["encoder"] = Path(config.encoder).name
     facts = {
         "classes": table.classes, "ids": table.ids, "ignore": table.ignore, "colors": table.colors,
-        "clear": table.clear, "dataset": config.dataset, "root": config.root,
+        "clear": table.clear, "unseen": run.ema.info.unseen, "dataset": config.dataset, "root": config.root,
         "crop_size": config.crop_size, "step": run.step, "protocol": protocol or {},
         "environment": made_with, **scores,
     }  # fmt: skip

@@ -145,6 +145,8 @@ def load_state(folder: Path, modules: Modules, optimizers: Optimizers, console: 
             if (kind == "momentum") != ("momentum" in owners[parameter].defaults):
                 raise RuntimeError(f"{key} is of another optimizer")
             owners[parameter].state[parameter][kind] = value.to(parameter.device)
+        if "seen" in modules:  # a state of before this was noted excludes no class
+            weights.setdefault("seen.labels", torch.ones_like(modules["seen"].labels))
         whole.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:  # settings that --allow-changes let through
         raise RunError(f"{folder}: state of another network, teacher or optimizer; use --out") from error

@@ -17,7 +17,7 @@ from flowseg_tools import describe, records
 from flowseg_tools.export import check_output, export, parse_size
 from flowseg_tools.runs import RunError
 from flowseg_tools.terminal import in_words, print_facts
-from model import ModelConfig
+from model import CheckpointInfo, ModelConfig
 from tests.conftest import untrained
 
 
@@ -161,11 +161,13 @@ def small():
 
 @pytest.mark.slow
 def test_a_program_gives_the_ids_of_the_model(small, tmp_path):
+    small.info = CheckpointInfo([*"abc"], [0, 1, 2], unseen=["b"])
     file = tmp_path / "small.pt2"
     assert export(small, file, 40, 24, 2) > 0.999
     photo = torch.randint(256, (24, 40, 3), dtype=torch.uint8)
     image = photo.movedim(-1, 0)[None] / 127.5 - 1
     ids = torch.export.load(file).module()(photo)
+    assert 1 not in ids
     assert ids.dtype == torch.uint8 and (ids == small.segment(image, 2)[0]).float().mean() > 0.999
     assert [path.name for path in tmp_path.iterdir()] == ["small.pt2"]
 

@@ -720,6 +720,20 @@ def test_soft_assignment_is_the_softmax_of_the_potential(changes):
     assert torch.allclose(p.sum(1), torch.ones(2, 4, 6), atol=1e-6)
 
 
+def test_a_class_that_training_never_saw_is_not_answered_even_at_its_centroid():
+    model = small(**CODED)
+    x = torch.randn(2, model.config.encoding_dims, 4, 6)
+    x[0] = model.centroids[1][:, None, None]
+    before = model.soft_assignment(x)
+    model.info = CheckpointInfo([*"abcde"], [*range(5)], unseen=["b", "e"])
+    p = model.soft_assignment(x)
+    assert not p[:, [1, 4]].any()
+    kept = before[:, [0, 2, 3]]
+    others = before[1:, [0, 2, 3]] / kept[1:].sum(1, keepdim=True)
+    assert torch.allclose(p[1:, [0, 2, 3]], others, atol=1e-6)
+    assert not set(model.segment(torch.rand(1, 3, 16, 16)).unique().tolist()) & {1, 4}
+
+
 # ---------------------------------------------------------------- errors and files
 
 
@@ -791,13 +805,14 @@ def test_short_names_for_scripts():
 
 def test_save_and_load_return_the_same_model(tmp_path):
     model = small(**CODED)
-    model.save(tmp_path / "m.safetensors", classes=["a", "b"], ids=[0, 7], mIoU=0.5)
+    model.save(tmp_path / "m.safetensors", classes=["a", "b"], ids=[0, 7], unseen=["b"], mIoU=0.5)
     loaded = FlowSeg.load(tmp_path / "m.safetensors")
     assert loaded.config == model.config
-    assert loaded.info == CheckpointInfo(classes=("a", "b"), ids=(0, 7), mIoU=0.5)
+    assert loaded.info == CheckpointInfo(classes=("a", "b"), ids=(0, 7), unseen=("b",), mIoU=0.5)
     assert torch.equal(loaded.centroids, model.centroids)
     assert loaded.eps == model.eps
     image, _ = batch()
+    model.info = loaded.info
     assert torch.equal(loaded.segment(image), model.eval().segment(image))
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
@@ -808,6 +823,9 @@ def test_save_and_load_return_the_same_model(tmp_path):
     ({"classes": ("a", "b"), "ids": (0,)}, "classes"),
     ({"classes": ("a", "a"), "ids": (0, 1)}, "classes"),
     ({"ignore": ("255",)}, "ignore"),
+    ({"unseen": ("a",)}, "unseen"),
+    ({"classes": ("a", "b"), "ids": (0, 1), "unseen": ("a", "c")}, "unseen"),
+    ({"classes": ("a", "b"), "ids": (0, 1), "unseen": ("a", "b")}, "unseen"),
     ({"dataset": 3}, "dataset"),
     ({"protocol": []}, "protocol"),
     ({"crop_size": -1}, "crop_size"),

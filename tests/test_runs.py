@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import flowseg
 import train as training
@@ -468,7 +469,68 @@ def test_the_lock_is_given_back(tmp_path):
     assert done.stdout == b"ready\n", done.stderr
 
 
+# ---------------------------------------------------------------- classes without labels
+
+
+def two_classes(root):
+    """A folder of two training pairs, one wholly "left", the other wholly "right"; "third" has no label."""
+    data_folder(root)
+    for kind in ("images", "annotations"):
+        Image.new("L", (32, 32), 7).save(root / kind / "training" / "1.png")
+    table = TABLE.replace('"right"]', '"right", "third"]').replace("7]", "7, 9]")
+    (root / "dataset.toml").write_text(table)
+    return root
+
+
+def unseen(folder):
+    return FlowSeg.load(folder / "last.safetensors").info.unseen
+
+
+def test_a_class_that_no_label_has_is_never_answered(tmp_path):
+    given = {"dataset": str(two_classes(tmp_path / "data")), "batch_size": 1}
+    run(tmp_path / "run", max_steps=1, **given)
+    (other,) = set(unseen(tmp_path / "run")) - {"third"}  # one step shows one class
+    assert other in ("left", "right")
+    run(tmp_path / "run", max_steps=2, **given)
+    assert unseen(tmp_path / "run") == ("third",)
+    run(tmp_path / "run", max_steps=3, **given)  # the labels of both earlier steps are remembered
+    assert unseen(tmp_path / "run") == ("third",)
+    model = FlowSeg.load(tmp_path / "run" / "best.safetensors")
+    metrics, _ = training.evaluate(model, ShapesDataset("validation"), 32, 1)
+    assert not metrics.confusion[:, 2].any()
+
+
+def test_a_state_that_does_not_know_its_labels_excludes_none(tmp_path):
+    given = {"dataset": str(two_classes(tmp_path / "data"))}
+    run(tmp_path / "run", max_steps=1, **given)
+    state = tmp_path / "run" / "state.safetensors"
+    with safe_open(state, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(state)
+    del tensors["seen.labels"]
+    save_file(tensors, state, metadata)
+    run(tmp_path / "run", max_steps=2, **given)
+    assert unseen(tmp_path / "run") == ()
+
+
+@pytest.mark.slow
+def test_processes_tell_each_other_which_labels_they_saw(tmp_path):
+    data = two_classes(tmp_path / "data")
+    settings = (f"dataset={data}", "batch_size=2", "max_steps=1")  # one image, of one class, each
+    done = torchrun(tmp_path / "run", *settings, script=ALONE)
+    assert done.returncode == 0, done.stderr
+    assert unseen(tmp_path / "run") == ("third",)
+
+
 # ---------------------------------------------------------------- processes
+
+ALONE = """
+import sys
+from pathlib import Path
+from tests import test_runs
+
+test_runs.run(Path(sys.argv[1]), *sys.argv[2].split())
+"""
 
 SPREAD = """
 import json, sys
