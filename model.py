@@ -69,8 +69,8 @@ class ModelConfig:
     encoding: str = "coded"  # | kronecker
     encoding_dims: int = 0  # channels of the state; 0: 19, or 3 if kronecker
     objective: str = "reshaped"  # | vanilla: without the gradient of the potential
-    eps: float = 0.3  # in units of the least squared distance between two centroids
-    tau: float = 0.15  # at a centroid, its class is then e^10 times as probable as the next one
+    eps: float = 3.0  # in units of the least squared distance between two centroids
+    tau: float = 0.03  # at a centroid, its class is then e^10 times as probable as the next one
     phi_weight: float = 16.0  # of the potential beside the squared error
     later_share: float = 0.25  # of the images that are used a second time, at t > 0
     steps: int = 4  # Euler steps when the caller names none
@@ -359,6 +359,9 @@ class FlowSeg(nn.Module):
         error, of which the paper's is 1: R has the gradient of |x1_hat - mu[y]|^2 + 2 w Phi(x1_hat).
 
             R = mean over pixels and channels of |x1_hat - stopgrad(mu[y] - w grad Phi(x1_hat))|^2
+
+        With an eps below the distances of centroids, the pull 2 / tau (x1_hat - mu[y]) / (d_y + eps) would be
+        weaker at a wrong centroid than half way. With the default it grows as far as centroids lie.
         """
         # What is random: the time of every image, and which of them are used at that time, too.
         self._check(image, labels)

@@ -30,13 +30,13 @@ BASELINES = (
     baselines.Golden, baselines.Unmasked,
 )  # fmt: skip
 KINDS = {f"kind={kind.__name__}": kind for kind in BASELINES}
-PAPER = "encoding=kronecker tau=1 phi_weight=1"
+PAPER = "encoding=kronecker eps=0.3 tau=1 phi_weight=1"
 ROWS = [
     "default", "objective=vanilla", PAPER, f"{PAPER} objective=vanilla",
     "kind=CrossEntropy", "kind=UNet", "kind=Leaky",
     "later_share=0", "later_share=0.5", "later_share=1",
-    "eps=0.03", "eps=3", "tau=0.05", "tau=0.5", "phi_weight=1", "phi_weight=4", "phi_weight=64",
-    "encoding_dims=19", "tokens_of=state", "optimizer=adamw",
+    "eps=0.3 tau=0.15", "eps=1 tau=0.07", "tau=0.015", "tau=0.06",
+    "phi_weight=1", "phi_weight=4", "phi_weight=64", "encoding_dims=11", "tokens_of=state", "optimizer=adamw",
 ]  # fmt: skip
 
 

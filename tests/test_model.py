@@ -52,10 +52,17 @@ SMALL = {  # with the flow of the paper
     "patch_size": 4,
     "encoding": "kronecker",
     "encoding_dims": 3,
+    "eps": 0.3,
     "tau": 1.0,
     "phi_weight": 1.0,
 }
-CODED = {"encoding": "coded", "encoding_dims": 8, "tau": 0.15, "phi_weight": 16.0}  # the default's
+CODED = {
+    "encoding": "coded",
+    "encoding_dims": 8,
+    "eps": 3.0,
+    "tau": 0.03,
+    "phi_weight": 16.0,
+}  # the default's
 
 
 def small(num_classes=5, kind=FlowSeg, **changes):
