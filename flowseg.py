@@ -144,7 +144,7 @@ def conclude(folder: Path, code: int) -> None:
     if info.unseen:
         names = ", ".join(info.unseen[:5]) + (", .." if len(info.unseen) > 5 else "")
         count = f"{len(info.unseen)} of {len(info.classes)} classes"
-        out.print(f"{count} were in no label of the training, and are never answered: {names}")
+        out.print(f"{count} had no label in training, so they are never answered: {names}")
     out.print(f"next: flowseg segment photo.jpg -o mask.png -c {folder}", soft_wrap=True)
 
 

@@ -486,7 +486,7 @@ def unseen(folder):
     return FlowSeg.load(folder / "last.safetensors").info.unseen
 
 
-def test_a_class_that_no_label_has_is_never_answered(tmp_path):
+def test_a_class_that_no_label_has_is_never_answered(tmp_path, capsys):
     given = {"dataset": str(two_classes(tmp_path / "data")), "batch_size": 1}
     run(tmp_path / "run", max_steps=1, **given)
     (other,) = set(unseen(tmp_path / "run")) - {"third"}  # one step shows one class
@@ -498,6 +498,8 @@ def test_a_class_that_no_label_has_is_never_answered(tmp_path):
     model = FlowSeg.load(tmp_path / "run" / "best.safetensors")
     metrics, _ = training.evaluate(model, ShapesDataset("validation"), 32, 1)
     assert not metrics.confusion[:, 2].any()
+    flowseg.conclude(tmp_path / "run", 0)
+    assert "third" in capsys.readouterr().out
 
 
 def test_a_state_that_does_not_know_its_labels_excludes_none(tmp_path):
