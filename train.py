@@ -462,7 +462,7 @@ class Run:
         self.model = model.to(device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         alignment = start.make_alignment(config, self.model)
-        self.seen = records.Seen()
+        self.seen = records.Seen(self.model.info)
         self.modules: dict[str, nn.Module] = {"model": self.model, "ema": self.ema, "seen": self.seen}
         if alignment:
             self.modules["alignment"] = alignment

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import CheckpointError, FlowSeg, ModelConfig, Network, tensor_faults
+from model import CheckpointError, CheckpointInfo, FlowSeg, ModelConfig, Network, tensor_faults
 
 PUBLIC_NAMES = tomllib.loads((Path(__file__).parent / "tables/pixnerd.toml").read_text(encoding="utf-8"))
 EMA = "ema_denoiser."
@@ -104,14 +104,19 @@ def start_from(model: FlowSeg, path: str | Path, classes: Sequence[str] = ()) ->
     # A centroid follows from the encoding, the number of classes, and the place of the class among them.
     theirs = list(source.info.classes)
     new = [name for name in classes if name not in theirs]
-    same = 0
+    same = []
     for label, name in enumerate(classes):
-        if name in theirs:
-            same += torch.equal(source.centroids[theirs.index(name)], model.centroids[label])
+        if name in theirs and torch.equal(source.centroids[theirs.index(name)], model.centroids[label]):
+            same.append(name)
+
+    # Such a class is answered if their training has seen it, whether or not this one will.
+    unseen = [name for name in classes if name not in same or name in source.info.unseen]
+    if len(unseen) < len(classes):
+        model.info = CheckpointInfo(classes, [*range(len(classes))], unseen=unseen)
     shown = ", ".join(new[:NAMES_SHOWN]) or "none"
     more = f" + {len(new) - NAMES_SHOWN} more" if len(new) > NAMES_SHOWN else ""
     known = f"{len(classes) - len(new)} of {len(classes)} classes are known by name"
-    return f"{known}, {same} with the same centroid; new: {shown}{more}{anew}"
+    return f"{known}, {len(same)} with the same centroid; new: {shown}{more}{anew}"
 
 
 def read_pixnerd(path: str | Path) -> Network:

@@ -201,11 +201,16 @@ def save(run) -> None:
 
 
 class Seen(nn.Module):
-    """Which labels the training has had, as a part of its state: labels (256,), 1 or 0."""
+    """Which labels the training has had, as a part of its state: labels (256,), 1 or 0.
 
-    def __init__(self):
+    info: of the weights that it starts from, what their training has seen.
+    """
+
+    def __init__(self, info: CheckpointInfo):
         super().__init__()
         self.register_buffer("labels", torch.zeros(256))
+        for label, name in enumerate(info.classes):
+            self.labels[label] = name not in info.unseen
 
     def add(self, parts: list) -> None:
         """Note the labels of one step, as the loader gives them, on the host."""

@@ -501,6 +501,10 @@ def test_a_class_that_no_label_has_is_never_answered(tmp_path, capsys):
     flowseg.conclude(tmp_path / "run", 0)
     assert "third" in capsys.readouterr().out
 
+    # A run that starts from these weights can answer what they can, although its own step shows less.
+    run(tmp_path / "next", max_steps=1, init=str(tmp_path / "run" / "last.safetensors"), **given)
+    assert unseen(tmp_path / "next") == ("third",)
+
 
 def test_a_state_that_does_not_know_its_labels_excludes_none(tmp_path):
     given = {"dataset": str(two_classes(tmp_path / "data"))}
