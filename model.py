@@ -449,7 +449,7 @@ class FlowSeg(nn.Module):
         """p_k (B, N, H, W) float32 of states x (B, dims, H, W); 0 for classes that training never saw."""
         pixels = x.movedim(1, -1).flatten(0, 2).float()  # (B H W, dims)
         logits = (squared_distances(pixels, self.centroids)[0] + self.eps).log() / -self.config.tau
-        for name in self.info.unseen:
+        for name in self.info.unseen:  # undecided pixels may end near its centroid
             logits[self.info.classes.index(name)] = -math.inf
         return logits.softmax(0).view(-1, len(x), *x.shape[2:]).movedim(0, 1)
 

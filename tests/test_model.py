@@ -56,13 +56,8 @@ SMALL = {  # with the flow of the paper
     "tau": 1.0,
     "phi_weight": 1.0,
 }
-CODED = {
-    "encoding": "coded",
-    "encoding_dims": 8,
-    "eps": 3.0,
-    "tau": 0.03,
-    "phi_weight": 16.0,
-}  # the default's
+# The default's flow.
+CODED = {"encoding": "coded", "encoding_dims": 8, "eps": 3.0, "tau": 0.03, "phi_weight": 16.0}
 
 
 def small(num_classes=5, kind=FlowSeg, **changes):
