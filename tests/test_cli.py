@@ -528,7 +528,11 @@ class Endless:
         return self.process.returncode, stderr
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", [
+    "SIGTERM",
+    pytest.param("SIGINT", marks=pytest.mark.slow),  # test_runs.py sends these within one process
+    pytest.param("SIGHUP", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_signal_saves_and_the_same_command_continues(tmp_path, name):
     number = getattr(signal, name)
     code, stderr = Endless(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE).stop(number)
