@@ -172,7 +172,7 @@ def evaluate(
     """Score weights on a data set: mIoU, aAcc, mAcc, every class."""
     from data import MAX_PIXELS
     from flowseg_tools import draw
-    from flowseg_tools.predict import segment_photo
+    from flowseg_tools.predict import segment_photo, short_side_of
     from flowseg_tools.records import scores_of
     from flowseg_tools.report import check_writable, sort_classes, write_report
     from flowseg_tools.runs import open_dataset_of, process_group
@@ -187,7 +187,7 @@ def evaluate(
     data.max_pixels = max_pixels or MAX_PIXELS
     if data.labels.classes != model.info.classes:
         raise BadParameter(f"{data.name} has other classes than the weights; pass theirs with --dataset")
-    short_side = short_side or model.info.crop_size
+    short_side = short_side_of(model, short_side)
     steps = steps or model.config.steps
     progress = partial(terminal.track, title=f"evaluating {split}", quiet=quiet or not speaks())
     compile_for(model, min(limit or len(data), len(data)))
@@ -238,6 +238,7 @@ def segment(
     from data import MAX_PIXELS
     from flowseg_tools import draw
     from flowseg_tools import segment as tool
+    from flowseg_tools.predict import short_side_of
 
     photos, refused = tool.find_photos(paths, output)
     output, single = tool.choose_output(paths, len(photos), output, labelmap)
@@ -246,6 +247,7 @@ def segment(
     tasks = [*tool.plan(photos, output, single, kinds, force, by_stem=labelmap), *refused]
     tool.check_outputs(tasks, report)
     model = load(weights, device, quiet)
+    short_side = short_side_of(model, short_side)
     if overlay:
         draw.say_missing_letters(model.info.classes, err)
     if labelmap:
@@ -278,7 +280,7 @@ def info(
     as_json: options.Json = False,
 ) -> None:
     """Look at a data set, a run, a checkpoint or this machine."""
-    from flowseg_tools import describe
+    from flowseg_tools import check, describe, draw
 
     if what is None:
         facts = describe.machine(root)
@@ -287,8 +289,6 @@ def info(
     elif (Path(what) / "config.json").is_file():
         facts = describe.run(Path(what))
     else:
-        from flowseg_tools import check, draw
-
         facts = check.describe(what, root, limit, terminal.track, max_pixels)
         if preview:
             check.draw_preview(what, root, preview)
@@ -344,10 +344,11 @@ def export(
 ) -> None:
     """Write a program, photo to class ids, for other runtimes."""
     from flowseg_tools.export import check_output, export, parse_size
+    from flowseg_tools.predict import short_side_of
 
     check_output(output, force)
     model = load(checkpoint or weights, "cpu", quiet)
-    width, height = parse_size(size or str(model.info.crop_size))
+    width, height = parse_size(size or str(short_side_of(model)))
     steps = steps or model.config.steps
     with terminal.waiting("tracing and checking the network", quiet):
         same = export(model, output, width, height, steps)

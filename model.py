@@ -492,7 +492,7 @@ class FlowSeg(nn.Module):
                 if facts.pop("format", None) != FORMAT:
                     reason = f"is no FlowSeg checkpoint or an older one; expected {FORMAT}"
                     raise CheckpointError(f"{path} {reason} from this version's `flowseg train`")
-                config = ModelConfig(**facts.pop("config"))
+                config = ModelConfig(**facts.pop("config", {}))
                 if config.vit_width and cls is FlowSeg:
                     raise CheckpointError(f"{path} has a DINOv2 encoder; read it with DinoFlowSeg.load")
                 with torch.device("meta"):

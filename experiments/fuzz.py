@@ -123,30 +123,53 @@ def odd_text(rng: random.Random, text: str) -> str:
     return joint.join(parts)
 
 
+def read_tensors(path: Path) -> tuple[dict, bytes]:
+    """Header and values of a safetensors file; its metadata, which have no fixed order, are sorted."""
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    return header, data[8 + size :]
+
+
+def tensors(header: object, values: bytes) -> bytes:
+    """The bytes of a safetensors file."""
+    text = written(header).encode()
+    return struct.pack("<Q", len(text)) + text + values
+
+
+def odd_metadata(rng: random.Random, header: dict) -> None:
+    """Change or remove one of the metadata of a safetensors file."""
+    metadata = header["__metadata__"]
+    key = rng.choice(list(metadata))
+    if rng.random() < 0.2:
+        del metadata[key]
+    else:
+        metadata[key] = written(odd(rng, json.loads(metadata[key])))
+
+
 # Kinds: each damages an input in the current folder and returns what to run ------------------------------
 
 
 def checkpoint(rng: random.Random) -> list[str]:
     """A file of our weights: its header, its metadata, its numbers or its bytes."""
     path = Path("run/best.safetensors")
-    data = path.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + size])
-    body = bytearray(data[8 + size :])
+    header, values = read_tensors(path)
     change = rng.randrange(5)
     if change == 0:
         header = odd(rng, header)
     elif change == 1:
-        name = rng.choice(list(header["__metadata__"]))
-        header["__metadata__"][name] = written(odd(rng, json.loads(header["__metadata__"][name])))
+        odd_metadata(rng, header)
     elif change == 2:
-        at = 4 * rng.randrange(len(body) // 4)
-        body[at : at + 4] = struct.pack("<f", rng.choice([float("nan"), float("inf"), 3e38, -1e-45]))
-    if change < 3:
-        text = written(header).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + body)
-    else:
-        path.write_bytes(damaged(rng, data[: 8 + size]) + body if change == 3 else damaged(rng, data))
+        at = 4 * rng.randrange(len(values) // 4)
+        number = struct.pack("<f", rng.choice([float("nan"), float("inf"), 3e38, -1e-45]))
+        values = values[:at] + number + values[at + 4 :]
+    data = tensors(header, values)
+    if change == 3:
+        data = damaged(rng, tensors(header, b"")) + values
+    elif change == 4:
+        data = damaged(rng, data)
+    path.write_bytes(data)
     segment = ["segment", "data/images/training/0.png", "-o", "mask.png", "-c", str(path)]
     return rng.choice([segment, ["info", str(path), "--json"], ["eval", str(path), "--json"]])
 
@@ -261,12 +284,9 @@ def run_file(rng: random.Random) -> list[str]:
         lines[at] = written(odd(rng, json.loads(lines[at])))
         path.write_text("\n".join(lines) + "\n")
     elif name.startswith(("state", "previous")) and rng.random() < 0.7:
-        size = struct.unpack("<Q", data[:8])[0]
-        header = json.loads(data[8 : 8 + size])
-        key = rng.choice(list(header["__metadata__"]))
-        header["__metadata__"][key] = written(odd(rng, json.loads(header["__metadata__"][key])))
-        text = written(header if rng.random() < 0.7 else odd(rng, header)).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+        header, values = read_tensors(path)
+        odd_metadata(rng, header)
+        path.write_bytes(tensors(header if rng.random() < 0.7 else odd(rng, header), values))
     else:
         path.write_bytes(damaged(rng, data))
     again = [*TRAIN, "--max-steps", "3"]

@@ -107,7 +107,6 @@ def save(
     if frames:
         durations = [REST_MS, *[FRAME_MS] * (len(frames) - 1), REST_MS]
         options |= {"save_all": True, "append_images": frames, "duration": durations, "loop": 0}
-
     if texts:
         options["pnginfo"] = PngInfo()
         for key, value in texts.items():
@@ -215,8 +214,7 @@ def name_regions(
             text = shorten(names[k], face, labels.shape[1] / 2)
             width = math.ceil(1.15 * face.getlength(text) / step)
             height = math.ceil(1.3 * size / step)
-            place = _place(free & (small == k), height, width)
-            if place:
+            if place := _place(free & (small == k), height, width):
                 y, x = place
                 top = max(0, y - height // 2)
                 left = max(0, x - width // 2)
@@ -258,9 +256,7 @@ def overlay_sheet(
 def heat(grey: Image.Image, title: str) -> Image.Image:
     """Values in [0, 1], as 8-bit grey, in the colours of a scale, which is the legend."""
     stops = np.linspace(0, 255, len(SCALE))
-    ramp = np.stack(
-        [np.interp(np.arange(256), stops, channel) for channel in zip(*SCALE, strict=True)], axis=1
-    )
+    ramp = np.stack([np.interp(range(256), stops, channel) for channel in np.transpose(SCALE)], axis=1)
     ramp = np.rint(ramp).astype(np.uint8)  # (256, 3)
     picture = Image.fromarray(ramp[np.asarray(for_viewing(grey))])
     scale = [(f"{share:g}", ramp[round(255 * share)], None) for share in (0, 0.2, 0.4, 0.6, 0.8, 1)]
@@ -349,9 +345,8 @@ def preview(
 
 def legend_entries(labels: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> list[tuple]:
     """Legend rows of the classes that occur, the most frequent first."""
-    known = {IGNORE: ("ignored", (0, 0, 0), None)}
-    for k, name in enumerate(classes):
-        known[k] = (name, palette[k], None)
+    known = {k: (name, palette[k], None) for k, name in enumerate(classes)}
+    known[IGNORE] = ("ignored", (0, 0, 0), None)
     ids, counts = np.unique(labels, return_counts=True)
     return [known[k] for k in ids[np.argsort(-counts, kind="stable")].tolist() if k in known]
 

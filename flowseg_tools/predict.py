@@ -16,13 +16,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from model import FlowSeg
+from model import CheckpointError, FlowSeg
 
 Mode = Literal["whole", "slide"]
 T = TypeVar("T")
 
 MAX_RATIO = 4  # a long side is at most this many short sides, as 2048 and 512 in the usual protocol
 BAND_VALUES = 2**23  # probabilities in a band of rows: 32 MiB
+
+
+def short_side_of(model: FlowSeg, given: int | None = None) -> int:
+    """The short side that photos get: the given one, or the training crop's. CheckpointError: neither."""
+    if not (given or model.info.crop_size):
+        raise CheckpointError("the weights name no training size; pass --short-side (of export: --size)")
+    return given or model.info.crop_size
 
 
 def to_input(photo: Image.Image, short_side: int) -> Tensor:
@@ -143,12 +150,9 @@ def segment_photo(
     """
     if not isinstance(photo, Image.Image):
         photo = Image.fromarray(photo)
-    short_side = short_side or model.info.crop_size
-    if not short_side:
-        raise ValueError("the model does not know the size that it was trained at; pass short_side")
     if steps is None:
         steps = model.config.steps
-    p = assign_photo(model, photo, short_side, steps, mode, flip)
+    p = assign_photo(model, photo, short_side_of(model, short_side), steps, mode, flip)
     labels, confidence = decode(p, photo.size[::-1])
     return labels[0].cpu().numpy(), confidence[0].cpu().numpy()
 

@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import IGNORE, FolderDataset, ShapesDataset
+from data import IGNORE, Dataset, FolderDataset
 from flowseg_tools import draw
 from flowseg_tools.runs import RunError, replace_text
 
-Dataset = FolderDataset | ShapesDataset
 WRONG = (214, 48, 40)
 DARK = (16, 58, 112)  # a share of 100 %
 

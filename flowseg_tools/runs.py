@@ -151,6 +151,8 @@ def open_dataset_of(info: CheckpointInfo, dataset: str | None, split: str, root:
     """
     if dataset not in (None, info.dataset):
         return open_dataset(dataset, split, root)
+    if not info.dataset:
+        raise DataError("the weights name no data set; pass one with --dataset")
     place = Path(info.root, info.dataset)  # it is absolute, unless the data set is built in
     if place.is_absolute() and not root:
         root = Path(info.root) if place.is_dir() and info.root else None

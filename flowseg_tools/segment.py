@@ -344,16 +344,14 @@ def _records(file: Path) -> list[dict] | None:
 
 
 def segment_one(
-    model: FlowSeg, path: Photo, files: dict[str, Path], *, short_side: int | None = None,
-    steps: int | None = None, mode: Mode = "whole", flip: bool = False, raw_ids: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    model: FlowSeg, path: Photo, files: dict[str, Path], *, short_side: int, steps: int | None = None,
+    mode: Mode = "whole", flip: bool = False, raw_ids: bool = False, max_pixels: int = MAX_PIXELS,
 ) -> dict:  # fmt: skip
     """Segment a photo and write its `files` by their kinds; returns a note and the classes of the mask.
 
-    short_side, steps: by default the checkpoint's own. raw_ids: the mask has the values of the data set
+    steps: by default the checkpoint's own. raw_ids: the mask has the values of the data set
     instead of train ids.
     """
-    short_side = short_side or model.info.crop_size
     steps = steps or model.config.steps
     source = sys.stdin.buffer.read() if path == "-" else path
     photo = read_photo(source, max_pixels)

@@ -747,6 +747,26 @@ def test_bad_checkpoints_and_outputs_are_named(trained):
     fails(flowseg("eval", "--dataset", "shapes", cwd=cwd), 2, "shapes has other classes", "--dataset")
 
 
+def test_what_weights_do_not_say_is_asked_for_and_the_advice_works(trained, tmp_path):
+    project = shutil.copytree(trained[0], tmp_path / "project")
+    folder = project / "runs" / "halves-tiny"
+    model = FlowSeg.load(folder / "last.safetensors")
+    said = asdict(model.info)
+    Image.new("RGB", (20, 30)).save(project / "p.jpg")
+    segment = ("segment", "p.jpg", "-o", "m.png", "-c", "some.safetensors")
+    export = ("export", "some.safetensors", "-o", "m.pt2")
+    for name, commands, option in (
+        ("crop_size", [("eval", "some.safetensors"), segment], ("--short-side", 32)),
+        ("crop_size", [export], ("--size", 32)),
+        ("dataset", [("eval", "some.safetensors")], ("--dataset", "halves")),
+    ):
+        model.save(project / "some.safetensors", **{key: said[key] for key in said if key != name})
+        for words in commands:
+            fails(flowseg(*words, cwd=project), 3 if name == "dataset" else 5, option[0])
+            result = flowseg(*words, *option, cwd=project)
+            assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("lost", [("best",), ("last",), ("best", "last")], ids="+".join)
 def test_a_finished_run_that_lost_weights_is_used_with_what_is_left(trained, tmp_path, lost):
     project = shutil.copytree(trained[0], tmp_path / "project")

@@ -845,10 +845,11 @@ def test_what_a_checkpoint_says_of_itself_is_checked(facts, name, tmp_path):
 
 
 def rewritten(path, to, tensors=None, **metadata):
-    """Write the file again with other tensors or other JSON strings in its metadata."""
+    """Write the file again with other tensors or other JSON strings in its metadata, or without some."""
     with method.safe_open(path, "pt") as file:
-        strings = file.metadata()
-    save_file(load_file(path) | (tensors or {}), to, strings | metadata)
+        strings = file.metadata() | metadata
+    strings = {name: text for name, text in strings.items() if text is not None}
+    save_file(load_file(path) | (tensors or {}), to, strings)
 
 
 def refused(path, *words):
@@ -879,7 +880,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"format": "[" * 100_000},
+    {"config": None},
     {"config": "[]"},
+    {"ids": None},
     {"config": "null"},
     {"config": "[" * 100_000},
     {"config": '{"num_classes": 5, "hidden": 32}'},
@@ -890,7 +893,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     {"colour": '"green"'},
 ], ids=str)  # fmt: skip
 def test_metadata_that_cannot_be_is_refused(changes, tmp_path):
-    small().save(tmp_path / "good.safetensors")
+    small().save(tmp_path / "good.safetensors", classes=["a", "b"], ids=[0, 1])
     rewritten(tmp_path / "good.safetensors", tmp_path / "bad.safetensors", **changes)
     refused(tmp_path / "bad.safetensors", "damaged")
 

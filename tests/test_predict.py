@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from flowseg_tools import predict
 from flowseg_tools.predict import assign_photo, decode, segment_photo, to_input, windows
-from model import CheckpointInfo, FlowSeg, ModelConfig
+from model import CheckpointError, CheckpointInfo, FlowSeg, ModelConfig
 from tests.conftest import untrained
 
 ROOT = Path(__file__).parent.parent
@@ -263,5 +263,5 @@ def test_size_and_steps_are_by_default_those_of_the_checkpoint(tmp_path):
     assert equal(segment_photo(model, photo(40, 30)), segment_photo(model, photo(40, 30), 24, 1))
     assert not equal(segment_photo(model, photo(40, 30)), segment_photo(model, photo(40, 30), 32, 2))
     model.info = CheckpointInfo()
-    with pytest.raises(ValueError, match="short_side"):
+    with pytest.raises(CheckpointError, match="short-side"):
         segment_photo(model, photo(40, 30))
