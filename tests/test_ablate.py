@@ -108,7 +108,7 @@ def test_golden_centroids_are_their_own():
 
 
 def test_a_table_is_made_once_and_again_without_training(tmp_path, monkeypatch, capsys):
-    rows = ["default", "kind=UNet", "objective=vanilla encoding_dims=11"]
+    rows = ["conv_width=8", "kind=UNet conv_width=8", "objective=vanilla encoding_dims=11 conv_width=8"]
     settings = {
         "row": rows, "seeds": 2, "steps": [1, 2], "max_steps": 2, "crop_size": 16, "out": tmp_path,
         "split": "validation",
@@ -131,7 +131,7 @@ def test_a_table_is_made_once_and_again_without_training(tmp_path, monkeypatch, 
     assert calls[4][1].objective == "vanilla"
     assert calls[2][5] is UNet
     assert calls[0][0].crop_size == 16
-    facts = json.loads((tmp_path / "default, seed 1" / "result.json").read_text())
+    facts = json.loads((tmp_path / "conv_width=8, seed 1" / "result.json").read_text())
     assert facts["seed"] == 1
     assert set(facts["scores"]) == {"1", "2"}
     assert facts["protocol"]["steps"] == 2

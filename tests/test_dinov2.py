@@ -307,7 +307,9 @@ def test_the_tokens_that_are_aligned_are_those_of_all_images_at_the_start(tmp_pa
     assert len(alignment.tokens) == 1
 
 
-@pytest.mark.parametrize(("compiled", "checkpointing"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("compiled", "checkpointing"), [
+    (True, False), (False, True), pytest.param(True, True, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_alignment_sees_the_tokens_of_a_compiled_or_recomputed_network(tmp_path, compiled, checkpointing):
     values = []
     for plain in (True, False):
@@ -459,6 +461,7 @@ def test_the_dry_run_counts_a_frozen_encoder_without_gradient_and_moments():
     assert rows["vit-s", "true"] - rows["vit-s", "false"] > 12e-9 * 22_000_000
 
 
+@pytest.mark.slow
 def test_an_encoder_is_compiled_in_one_graph(tmp_path):
     model = encoded(stored(tmp_path, registers=1), finetune_encoder=True)
     image = torch.rand(2, 3, 32, 48) * 2 - 1
@@ -537,8 +540,10 @@ def test_weight_zero_trains_as_without_a_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    ("teacher={}",), ("teacher={}", "grad_accum_steps=2", "dtype=bfloat16"),
-    ("encoder={}", "finetune_encoder=true"), ("encoder={0}", "teacher={0}"),
+    pytest.param(("teacher={}",), marks=pytest.mark.slow),
+    ("teacher={}", "grad_accum_steps=2", "dtype=bfloat16"),
+    pytest.param(("encoder={}", "finetune_encoder=true"), marks=pytest.mark.slow),
+    ("encoder={0}", "teacher={0}"),
 ], ids=str)  # fmt: skip
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, monkeypatch, settings):
     path = stored(tmp_path)

@@ -35,11 +35,25 @@ TINY = (
 SCENES = 5  # of validation: an odd number, so that two processes do not get equal shares
 
 
-@pytest.fixture(autouse=True)
-def _few_scenes(monkeypatch):
+def few_scenes(monkeypatch):
     monkeypatch.setattr(
         ShapesDataset, "__len__", lambda self: SCENES if self.split != "training" else 1_000_000
     )
+
+
+@pytest.fixture(autouse=True)
+def _few_scenes(monkeypatch):
+    few_scenes(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stops, validated twice."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        few_scenes(patch)
+        run(folder, eval_every=2)
+    return folder
 
 
 def run(folder, *settings, allow_changes=False, **given):
@@ -112,16 +126,15 @@ def data_folder(root):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_in_training_finishes_the_step_and_saves(tmp_path, monkeypatch, name):
+def test_a_signal_in_training_finishes_the_step_and_saves(whole, tmp_path, monkeypatch, name):
     """SIGHUP, too: the terminal of a remote machine that was closed."""
     number = getattr(signal, name)
-    run(tmp_path / "whole", eval_every=2)
     with monkeypatch.context() as patch:
         on_call(patch, FlowSeg, "loss", 3, tell(number))
         assert run(tmp_path / "parts", eval_every=2) == 128 + number
     assert lines(tmp_path / "parts")[-1]["step"] == 3
     assert run(tmp_path / "parts", eval_every=2) == 0
-    assert same(tmp_path / "whole", tmp_path / "parts")
+    assert same(whole, tmp_path / "parts")
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path, monkeypatch):
@@ -136,8 +149,7 @@ def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("scene", [2, SCENES + 4 + 2])  # of the first validation, and of the last one
-def test_a_signal_in_validation_stops_it_and_it_is_done_again(tmp_path, monkeypatch, scene):
-    run(tmp_path / "whole", eval_every=2)
+def test_a_signal_in_validation_stops_it_and_it_is_done_again(whole, tmp_path, monkeypatch, scene):
     seen = []
 
     def scored(self, index):
@@ -152,7 +164,7 @@ def test_a_signal_in_validation_stops_it_and_it_is_done_again(tmp_path, monkeypa
         assert run(tmp_path / "parts", eval_every=2) == 143
     assert len(seen) == scene  # at once, not at the end of validation
     run(tmp_path / "parts", eval_every=2)
-    assert same(tmp_path / "whole", tmp_path / "parts")
+    assert same(whole, tmp_path / "parts")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
