@@ -469,8 +469,15 @@ class FlowSeg(nn.Module):
 
     def save(self, path: str | Path, write: Callable | None = None, **metadata) -> None:
         """Write the weights atomically as .safetensors; metadata: fields of CheckpointInfo."""
-        facts = {"format": FORMAT, "config": asdict(self.config), **asdict(CheckpointInfo(**metadata))}
+        facts = {"format": FORMAT, "config": asdict(self.config), **asdict(self.described(metadata))}
         (write or write_tensors)(self.stored(), path, facts)
+
+    def described(self, facts: dict) -> "CheckpointInfo":
+        """What a checkpoint of this model says of itself. ValueError: a wrong value, or too few classes."""
+        info = CheckpointInfo(**facts)
+        if len(info.classes) not in (0, self.config.num_classes):
+            raise ValueError(f"{len(info.classes)} classes; the network has {self.config.num_classes}")
+        return info
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds."""
@@ -497,7 +504,7 @@ class FlowSeg(nn.Module):
                     raise CheckpointError(f"{path} has a DINOv2 encoder; read it with DinoFlowSeg.load")
                 with torch.device("meta"):
                     model = cls(config)
-                model.info = CheckpointInfo(**facts)
+                model.info = model.described(facts)
 
                 # Names and shapes are compared before any tensor is read.
                 shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

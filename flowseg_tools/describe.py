@@ -34,7 +34,8 @@ def machine(root: Path | None = None) -> dict:
     facts["data sets"] = sorted(path.name for path in root.glob("[!.]*/") if path.name != "weights")
     facts["weights"] = sorted(path.name for path in root.glob("weights/[!.]*"))
     found = [path.parent for path in Path("runs").glob("*/config.json")]
-    facts["newest run"] = str(max(found, key=lambda folder: folder.stat().st_mtime, default=""))
+    newest = max(found, key=lambda folder: folder.stat().st_mtime, default="")
+    facts["newest run"] = str(newest)
     return facts
 
 

@@ -107,6 +107,7 @@ def save(
     if frames:
         durations = [REST_MS, *[FRAME_MS] * (len(frames) - 1), REST_MS]
         options |= {"save_all": True, "append_images": frames, "duration": durations, "loop": 0}
+
     if texts:
         options["pnginfo"] = PngInfo()
         for key, value in texts.items():

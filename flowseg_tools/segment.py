@@ -349,8 +349,7 @@ def segment_one(
 ) -> dict:  # fmt: skip
     """Segment a photo and write its `files` by their kinds; returns a note and the classes of the mask.
 
-    steps: by default the checkpoint's own. raw_ids: the mask has the values of the data set
-    instead of train ids.
+    steps: by default the checkpoint's own. raw_ids: the mask has the data set's values, not train ids.
     """
     steps = steps or model.config.steps
     source = sys.stdin.buffer.read() if path == "-" else path

@@ -806,7 +806,7 @@ def test_short_names_for_scripts():
 
 
 def test_save_and_load_return_the_same_model(tmp_path):
-    model = small(**CODED)
+    model = small(2, **CODED)
     model.save(tmp_path / "m.safetensors", classes=["a", "b"], ids=[0, 7], unseen=["b"], mIoU=0.5)
     loaded = FlowSeg.load(tmp_path / "m.safetensors")
     assert loaded.config == model.config
@@ -824,6 +824,7 @@ def test_save_and_load_return_the_same_model(tmp_path):
     ({"classes": ("a", 1), "ids": (0, 1)}, "classes"),
     ({"classes": ("a", "b"), "ids": (0,)}, "classes"),
     ({"classes": ("a", "a"), "ids": (0, 1)}, "classes"),
+    ({"classes": ("a", "b"), "ids": (0, 1)}, "2 classes"),
     ({"ignore": ("255",)}, "ignore"),
     ({"unseen": ("a",)}, "unseen"),
     ({"classes": ("a", "b"), "ids": (0, 1), "unseen": ("a", "c")}, "unseen"),
@@ -883,6 +884,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     {"config": None},
     {"config": "[]"},
     {"ids": None},
+    {"classes": '["a", "b"]', "ids": "[0, 1]"},
     {"config": "null"},
     {"config": "[" * 100_000},
     {"config": '{"num_classes": 5, "hidden": 32}'},
@@ -893,7 +895,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     {"colour": '"green"'},
 ], ids=str)  # fmt: skip
 def test_metadata_that_cannot_be_is_refused(changes, tmp_path):
-    small().save(tmp_path / "good.safetensors", classes=["a", "b"], ids=[0, 1])
+    small().save(tmp_path / "good.safetensors", classes=list("abcde"), ids=[0, 1, 2, 3, 4])
     rewritten(tmp_path / "good.safetensors", tmp_path / "bad.safetensors", **changes)
     refused(tmp_path / "bad.safetensors", "damaged")
 
